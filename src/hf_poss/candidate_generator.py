@@ -1,0 +1,296 @@
+"""Depth-routed drafting: draft position k runs specialist s(k) on the features of position k - 1."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation import AssistedCandidateGenerator
+from transformers.utils import ModelOutput
+
+from .caches import SpecialistCache
+from .compatibility import LAST_HIDDEN_STATE
+from .draft_tree import DraftTree, DraftTreeBuilder
+from .modeling_poss import PosSModel, TargetReference
+from .statistics import current_call
+
+
+__all__ = ["DraftSettings", "PosSCandidateGenerator"]
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """Shape of a draft.
+
+    Args:
+        depth: draft positions, 1 or more (`num_assistant_tokens`).
+        top_k: branches a node (`draft_top_k`); 1 is a chain.
+        total_tokens: nodes verified a round, the root included (`draft_total_tokens`), 2 or more.
+    """
+
+    depth: int
+    top_k: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, poss: PosSModel, device: torch.device | str) -> "DraftSettings":
+        """The knobs of `poss.generation_config`, with defaults where they are None.
+
+        The defaults are EAGLE-2's tree (section 5) on an accelerator, where verifying 60 nodes costs about as much as
+        verifying one. A CPU pays for every node, so its tree is smaller.
+
+        Raises:
+            ValueError: if a knob is no integer or too small.
+        """
+        knobs = poss.generation_config
+        on_cpu = torch.device(device).type == "cpu"
+        values = {
+            "num_assistant_tokens": (getattr(knobs, "num_assistant_tokens", None), poss.config.num_draft_positions, 1),
+            "draft_top_k": (getattr(knobs, "draft_top_k", None), CPU_TOP_K if on_cpu else 10, 1),
+            "draft_total_tokens": (getattr(knobs, "draft_total_tokens", None), CPU_TOTAL if on_cpu else 60, 2),
+        }
+        chosen = []
+        for name, (value, default, least) in values.items():
+            value = default if value is None else value
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                reason = " (the root and one drafted token)" if name == "draft_total_tokens" else ""
+                raise ValueError(
+                    f"`poss.generation_config.{name}` is {value!r}; expected an integer of {least} or more{reason}, "
+                    "or None for the default."
+                )
+            chosen.append(value)
+        return cls(*chosen)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.top_k == 1
+
+
+CPU_TOP_K = 6
+CPU_TOTAL = 20
+
+
+class PosSCandidateGenerator(AssistedCandidateGenerator):
+    """Candidates for one `generate` call, drafted by position specialists.
+
+    Holds each specialist's keys and values. Rows of context come from the target's features, one a committed token:
+    row t is made of the feature of t and token t + 1, at position t. A round's nodes come from features that the
+    specialist before predicted, and are forgotten when the round ends.
+
+    Example of the indices: the prompt is tokens 0..4, and the target has picked token 5, the root. Context rows are
+    0..4; row 4 (feature 4, token 5) is the query of draft position 1 and predicts feature 5, hence token 6. A drafted
+    token 6 makes a node (predicted feature 5, token 6) at position 5, the query of draft position 2.
+
+    In transformers' own loop it answers `get_candidates` with a chain; the tree loop of this package calls
+    `extend_context` and `draft` directly.
+
+    Args:
+        input_ids: the prompt, int64 [1, tokens].
+        assistant_model: the specialists.
+        generation_config: of the `generate` call.
+        model_kwargs: of the `generate` call; `attention_mask` tells padding in front.
+        target: the model that `generate` runs on; its embedding and head are used.
+        inputs_tensor, logits_processor: as in the base class; a draft does not need them.
+
+    Raises:
+        ValueError: if the specialists do not fit the target, or a drafting knob is wrong.
+    """
+
+    requires_model_outputs = True
+
+    def __init__(
+        self,
+        input_ids: torch.LongTensor,
+        assistant_model: PosSModel,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        target: PreTrainedModel,
+        inputs_tensor: torch.Tensor | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+    ):
+        super().__init__(input_ids, assistant_model, generation_config, model_kwargs, inputs_tensor, logits_processor)
+        self.reference = TargetReference.from_target(target, assistant_model.config)
+        self.settings = DraftSettings.of(assistant_model, target.device)
+        self.num_assistant_tokens = self.settings.depth
+        every_layer = generation_config.output_hidden_states
+        self.model_kwargs_overrides = {"output_hidden_states": True if every_layer else LAST_HIDDEN_STATE}
+        self.eos_token_ids = _eos_token_ids(generation_config)
+        self.record = current_call()
+
+        mask = model_kwargs.get("attention_mask")
+        self.num_padding = 0 if mask is None else int((mask[0, : input_ids.shape[1]] == 0).sum())
+        self.caches = [SpecialistCache() for _ in assistant_model.layers]
+        self.next_position: int | None = None  # position id of the next context row
+        self.query_row: torch.Tensor | None = None  # fused input of the last context row, [1, 1, hidden]
+        self.last_draft: torch.LongTensor | None = None  # [1, drafted]
+
+    # ---- The contract of transformers' assisted decoding ----
+
+    @torch.no_grad()
+    def get_candidates(
+        self,
+        input_ids: torch.LongTensor,
+        model_kwargs: dict[str, Any] | None = None,
+        model_outputs: ModelOutput | None = None,
+        is_first_iteration: bool = True,
+        n_last_matches: int = 0,
+        **kwargs: Any,
+    ) -> tuple[torch.LongTensor, None]:
+        """`input_ids` with a chain of drafted tokens behind them.
+
+        No logits come with it: each token is the drafter's most likely one, not a sample, so the target's own choice
+        decides, which is lossless for sampling too.
+
+        Args:
+            input_ids: int64 [1, tokens], all tokens so far.
+            model_outputs: of the target's last pass; its features extend the context.
+            is_first_iteration: True before the target has seen the prompt; nothing is drafted then.
+            n_last_matches: drafted tokens accepted in the last pass.
+        """
+        if is_first_iteration or model_outputs is None:
+            self.enter("verifying")
+            return input_ids, None
+        depth = min(self.settings.depth, self.main_model_max_length - input_ids.shape[1] - 1)
+        self.enter("drafting")
+        features = model_outputs.hidden_states[-1]
+        # The pass saw the accepted tokens first and the rejected ones behind them.
+        rows = features.shape[1] if self.next_position is None else n_last_matches + 1
+        self.extend_context(features[:, :rows], input_ids)
+        self.last_draft = input_ids[:, :0]
+        if depth > 0:
+            tree = self.draft(input_ids[:, -1], DraftSettings(depth, top_k=1, total_tokens=depth + 1))
+            self.last_draft = _until_eos(tree.tokens[:, 1:].to(input_ids.device), self.eos_token_ids)
+        self.enter("verifying")
+        return torch.cat((input_ids, self.last_draft), dim=1), None
+
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Counts the round that ended, if statistics are collected; the depth of drafts stays as it is."""
+        if self.record is None:
+            return
+        self.enter("other")
+        emitted = int(num_matches) + 1
+        if self.last_draft is None:
+            self.record.add_prompt_pass()
+            return
+        drafted = self.last_draft[0].tolist()
+        accepted = 0
+        for token, proposal in zip(input_ids[0, -emitted:].tolist(), drafted, strict=False):
+            if token != proposal:
+                break
+            accepted += 1
+        self.record.add_round([1] * len(drafted), accepted, emitted)
+
+    def enter(self, part: str) -> None:
+        """Books time from here on to a part of the round, if statistics are collected."""
+        if self.record is not None:
+            self.record.enter(part)
+
+    # ---- Drafting ----
+
+    def extend_context(self, features: torch.Tensor, input_ids: torch.LongTensor) -> None:
+        """Commits the tokens whose features the target has just computed.
+
+        Costs `fc`, key and value projections a row and specialist, nothing else.
+
+        Args:
+            features: [1, rows, hidden] of the last `rows` tokens before the newest.
+            input_ids: int64 [1, tokens], all tokens, the newest (the next root) included.
+
+        Raises:
+            ValueError: if the target's features are not finite.
+        """
+        poss: PosSModel = self.assistant_model
+        if self.next_position is None:
+            features = features[:, max(self.num_padding - (input_ids.shape[1] - 1 - features.shape[1]), 0) :]
+            self.next_position = input_ids.shape[1] - 1 - features.shape[1] - self.num_padding
+            if not torch.isfinite(features).all():
+                raise ValueError(
+                    "The target's hidden states hold NaN or infinite values, so nothing can be drafted from them. "
+                    "Run the target in bfloat16 or float32, and check its weights."
+                )
+        rows = features.shape[1]
+        features = features.to(device=poss.device, dtype=poss.dtype)
+        fused = poss.fuse(self.reference.embed(input_ids[:, -rows:], like=features), features)
+        position_ids = torch.arange(self.next_position, self.next_position + rows, device=fused.device)[None]
+        rotary = poss.rotary(fused, position_ids)
+        for layer, cache in zip(poss.layers, self.caches, strict=True):
+            cache.append_context(*layer.keys_values(fused, rotary))
+        self.next_position += rows
+        self.query_row = fused[:, -1:]
+
+    def draft(self, root_tokens: torch.LongTensor, settings: DraftSettings) -> DraftTree:
+        """A tree below the newest token; with one branch, a chain.
+
+        Args:
+            root_tokens: int64 [1], the newest token, committed by `extend_context`.
+            settings: depth, branches and size.
+        """
+        poss: PosSModel = self.assistant_model
+        device = self.query_row.device
+        builder = DraftTreeBuilder(root_tokens.to(device), settings.top_k)
+        first = self.next_position - 1  # position id of the last context row
+        cos, sin = poss.rotary(
+            self.query_row, torch.arange(first, first + settings.depth, device=device)[None]
+        )  # [1, depth, head_dim], one row a draft position
+
+        nodes: list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = []  # fused input and angles by level
+        visible: torch.Tensor | None = None  # bool [1, frontier, nodes so far]: itself and its ancestors
+        fused, rotary = self.query_row, (cos[:, :1], sin[:, :1])
+        for position in range(1, settings.depth + 1):
+            layer = poss.specialist(position)
+            cache = self.caches[poss.config.specialist_index(position)]
+            for level_fused, level_rotary in nodes[self._levels_held(cache, nodes) :]:
+                cache.append_nodes(*layer.keys_values(level_fused, level_rotary))
+            attended = F.scaled_dot_product_attention(
+                layer.queries(fused, rotary),
+                *cache.keys_values(),
+                attn_mask=None if visible is None else _with_context(visible, cache.context_length),
+                enable_gqa=poss.config.num_key_value_heads != poss.config.num_attention_heads,
+            )
+            features = layer.complete(fused, attended)  # [1, frontier, hidden]
+            frontier = builder.grow(self.reference.logits(features))
+            if position == settings.depth:
+                break
+            features = features.gather(1, frontier.parents[:, :, None].expand(-1, -1, features.shape[-1]))
+            fused = poss.fuse(self.reference.embed(frontier.tokens, like=features), features)
+            width = fused.shape[1]
+            rotary = tuple(angle[:, position : position + 1].expand(-1, width, -1) for angle in (cos, sin))
+            nodes.append((fused, rotary))
+            own = torch.eye(width, dtype=torch.bool, device=device)[None]
+            if visible is None:
+                visible = own
+            else:
+                ancestors = visible.gather(1, frontier.parents[:, :, None].expand(-1, -1, visible.shape[-1]))
+                visible = torch.cat((ancestors, own), dim=-1)
+        for cache in self.caches:
+            cache.num_nodes = 0
+        return builder.build(settings.total_tokens)
+
+    @staticmethod
+    def _levels_held(cache: SpecialistCache, nodes: list) -> int:
+        """Levels of this round whose keys a specialist has already: it made them at an earlier depth of its span."""
+        held = 0
+        for level, (fused, _) in enumerate(nodes):
+            held += fused.shape[1]
+            if held > cache.num_nodes:
+                return level
+        return len(nodes)
+
+
+def _with_context(visible: torch.Tensor, context_length: int) -> torch.Tensor:
+    """Every node sees the whole context: bool [1, 1, frontier, context + nodes]."""
+    return F.pad(visible, (context_length, 0), value=True)[:, None]
+
+
+def _eos_token_ids(generation_config: GenerationConfig) -> list[int]:
+    eos = generation_config.eos_token_id
+    return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
+
+
+def _until_eos(drafted: torch.LongTensor, eos_token_ids: list[int]) -> torch.LongTensor:
+    """Drafted tokens [1, drafted] up to the first end of sequence, which is kept: nothing can follow it."""
+    if not eos_token_ids:
+        return drafted
+    ends = torch.isin(drafted[0], torch.tensor(eos_token_ids, device=drafted.device)).nonzero()
+    return drafted[:, : int(ends[0]) + 1] if len(ends) else drafted

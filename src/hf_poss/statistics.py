@@ -1,0 +1,234 @@
+"""What generate calls accepted, position by position."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+
+__all__ = ["CallStatistics", "GenerationStatistics", "collect_statistics", "current_call", "recorded_call"]
+
+TARGET = 0  # author of a token that the target itself picked; drafted tokens carry their draft position
+
+
+@dataclass
+class CallStatistics:
+    """Counts of one `generate` call. Lists are indexed by draft position - 1.
+
+    Args:
+        positions_per_specialist, num_specialists: of the drafter, to deal positions to specialists.
+        rounds: draft and verification passes.
+        authors: for each new token the draft position that proposed it, 0 where the target picked it.
+        drafted: tokens proposed and verified.
+        reached: rounds in which every position before was accepted and this one was drafted.
+        accepted: of these, the rounds in which it was accepted.
+        seconds: time spent "drafting", "verifying" (the prompt's pass included) and on "other" things.
+    """
+
+    positions_per_specialist: int
+    num_specialists: int
+    device: torch.device
+    rounds: int = 0
+    authors: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
+    reached: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"drafting": 0.0, "verifying": 0.0, "other": 0.0})
+    _part: str = "other"
+    _since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens, the one that the prompt pass gives included."""
+        return len(self.authors)
+
+    def add_prompt_pass(self) -> None:
+        """The token that the target picked before any draft."""
+        self.authors.append(TARGET)
+
+    def add_round(self, drafted: Sequence[int], accepted: int, emitted: int) -> None:
+        """Adds one round.
+
+        Args:
+            drafted: tokens proposed, by draft position - 1.
+            accepted: drafted tokens among the emitted ones.
+            emitted: tokens that the round added to the text; at most `accepted` + 1.
+        """
+        self.rounds += 1
+        self.authors.extend(range(1, accepted + 1))
+        self.authors.extend([TARGET] * (emitted - accepted))
+        judged = min(emitted, len(drafted))
+        _add(self.drafted, drafted)
+        _add(self.reached, [1] * judged)
+        _add(self.accepted, [1] * accepted)
+
+    def specialist_of(self, author: int) -> int | None:
+        """Specialist (0-based) that serves a draft position, None for the target."""
+        if author == TARGET:
+            return None
+        return min((author - 1) // self.positions_per_specialist, self.num_specialists - 1)
+
+    def enter(self, part: str) -> None:
+        """Books the time since the last call on the part that was entered then, with the device's queue emptied."""
+        if self.device.type not in ("cpu", "meta"):
+            torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[self._part] += now - self._since
+        self._part, self._since = part, now
+
+
+def _add(counts: list[int], more: Sequence[int]) -> None:
+    counts.extend([0] * (len(more) - len(counts)))
+    for index, count in enumerate(more):
+        counts[index] += count
+
+
+@dataclass
+class GenerationStatistics:
+    """Sums over the `generate` calls inside [`collect_statistics`]. Lists are indexed by draft position - 1.
+
+    Counts add up over calls, ratios are taken last.
+    """
+
+    calls: list[CallStatistics] = field(default_factory=list)
+
+    @property
+    def rounds(self) -> int:
+        """Draft phases with their verification."""
+        return sum(call.rounds for call in self.calls)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all calls."""
+        return sum(call.tokens for call in self.calls)
+
+    @property
+    def tau(self) -> float:
+        """Mean acceptance length, micro average: tokens / rounds, the target's own tokens included."""
+        return _ratio(self.tokens, self.rounds)
+
+    @property
+    def tau_macro(self) -> float:
+        """Mean acceptance length, macro average: mean over calls of tokens / rounds, as the papers report it."""
+        taus = [_ratio(call.tokens, call.rounds) for call in self.calls if call.rounds]
+        return _ratio(sum(taus), len(taus))
+
+    @property
+    def drafted(self) -> list[int]:
+        """Tokens proposed and verified, by draft position."""
+        return self._total("drafted")
+
+    @property
+    def reached(self) -> list[int]:
+        """Rounds in which every position before was accepted and this one was drafted, by draft position."""
+        return self._total("reached")
+
+    @property
+    def accepted(self) -> list[int]:
+        """Rounds in which the position was accepted, by draft position."""
+        return self._total("accepted")
+
+    @property
+    def pos_acc(self) -> list[float]:
+        """accepted / reached by draft position: the conditional acceptance rate (PosS section 3, pos-acc)."""
+        accepted = self.accepted + [0] * len(self.reached)
+        return [_ratio(hit, all_) for hit, all_ in zip(accepted, self.reached, strict=False)]
+
+    @property
+    def drafted_by_specialist(self) -> list[int]:
+        """Tokens proposed and verified, by specialist."""
+        return self._by_specialist("drafted")
+
+    @property
+    def accepted_by_specialist(self) -> list[int]:
+        """Accepted tokens, by specialist."""
+        return self._by_specialist("accepted")
+
+    @property
+    def drafting_seconds(self) -> float:
+        """Time in the drafter: extending its context, its passes, the tree."""
+        return sum(call.seconds["drafting"] for call in self.calls)
+
+    @property
+    def verifying_seconds(self) -> float:
+        """Time in the target's passes, the prompt's included."""
+        return sum(call.seconds["verifying"] for call in self.calls)
+
+    @property
+    def other_seconds(self) -> float:
+        """All other time of the decoding loop: picking tokens, caches, streaming."""
+        return sum(call.seconds["other"] for call in self.calls)
+
+    def _total(self, name: str) -> list[int]:
+        total: list[int] = []
+        for call in self.calls:
+            _add(total, getattr(call, name))
+        return total
+
+    def _by_specialist(self, name: str) -> list[int]:
+        total: list[int] = []
+        for call in self.calls:
+            counts = [0] * call.num_specialists
+            for position, count in enumerate(getattr(call, name), start=1):
+                counts[call.specialist_of(position)] += count
+            _add(total, counts)
+        return total
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else 0.0
+
+
+class _Collectors(threading.local):
+    def __init__(self):
+        self.active: list[GenerationStatistics] = []
+        self.call: CallStatistics | None = None
+
+
+_collectors = _Collectors()
+
+
+@contextlib.contextmanager
+def collect_statistics() -> Iterator[GenerationStatistics]:
+    """Gathers what the `generate` calls with a `PosSModel` inside the block did, in this thread.
+
+    Blocks may be nested; each sees the calls inside it. Outside of a block nothing is counted or timed.
+
+    Example:
+
+    ```python
+    >>> with collect_statistics() as stats:
+    ...     target.generate(**inputs, assistant_model=poss)
+    >>> stats.tau, stats.pos_acc
+    ```"""
+    statistics = GenerationStatistics()
+    _collectors.active.append(statistics)
+    try:
+        yield statistics
+    finally:
+        _collectors.active.pop()
+
+
+@contextlib.contextmanager
+def recorded_call(positions_per_specialist: int, num_specialists: int, device: torch.device) -> Iterator[None]:
+    """A `generate` call: inside, [`current_call`] is its record, shared by the blocks that are open in this thread."""
+    if not _collectors.active:
+        yield
+        return
+    call = CallStatistics(positions_per_specialist, num_specialists, device)
+    for statistics in _collectors.active:
+        statistics.calls.append(call)
+    outer, _collectors.call = _collectors.call, call
+    try:
+        yield
+    finally:
+        call.enter("other")
+        _collectors.call = outer
+
+
+def current_call() -> CallStatistics | None:
+    """The record of the `generate` call that runs in this thread; None while no statistics are collected."""
+    return _collectors.call
