@@ -140,7 +140,7 @@ class PosSRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class PosSAttention(nn.Module):
-    """Projections of a specialist's attention. Which keys a query sees is the caller's: drafting and training differ."""
+    """Projections of a specialist's attention; which keys a query sees is the caller's matter."""
 
     def __init__(self, config: PosSConfig):
         super().__init__()
@@ -179,7 +179,7 @@ class PosSSpecialist(nn.Module):
         return _rotate(self.self_attn.split_heads(self.self_attn.q_proj(fused)), rotary)
 
     def complete(self, fused: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Predicted features [batch, rows, hidden] from what the queries attended to [batch, heads, rows, head_dim]."""
+        """Predicted features [batch, rows, hidden] from what queries attended to [batch, heads, rows, head_dim]."""
         hidden = fused + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
