@@ -1,5 +1,6 @@
 """Configuration of position specialists."""
 
+import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -10,6 +11,7 @@ from transformers.activations import ACT2FN
 __all__ = ["PosSConfig"]
 
 DEFAULT_ROPE_THETA = 10000.0
+EPSILON_NAMES = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
 
 
 @strict
@@ -40,7 +42,8 @@ class PosSConfig(PreTrainedConfig):
         target_name_or_path (`str`, *optional*): The target that the specialists draft for.
 
     Raises:
-        ValueError: if a count is below 1, heads do not divide, `head_dim` is odd or the activation is unknown.
+        huggingface_hub.errors.StrictDataclassError: if a field has another type, a count is below 1, heads do not
+            divide, `head_dim` is odd or the activation is unknown.
 
     Example:
 
@@ -53,6 +56,7 @@ class PosSConfig(PreTrainedConfig):
     ```"""
 
     model_type = "poss"
+    keys_to_ignore_at_inference = ["position_losses", "predictions"]
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -143,7 +147,9 @@ class PosSConfig(PreTrainedConfig):
                 f"The target is an encoder-decoder ({target_config.model_type}); position specialists draft for "
                 "decoder-only targets. Pass a causal language model."
             )
-        text = target_config.get_text_config()
+        text = copy.copy(target_config.get_text_config())
+        # Families whose layers differ (Gemma 4) then answer with the value of most layers, where they else raise.
+        text.allow_global_per_layer_attribute_access = True
         hidden_size = _first(text, "hidden_size")
         vocab_size = _first(text, "vocab_size")
         heads = _first(text, "num_attention_heads")
@@ -160,16 +166,15 @@ class PosSConfig(PreTrainedConfig):
             **_head_geometry(text, hidden_size, heads),
             "hidden_act": _first(text, "hidden_act", "hidden_activation", "activation_function") or "silu",
             "max_position_embeddings": _first(text, "max_position_embeddings") or 2048,
-            "rms_norm_eps": _first(text, "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps") or 1e-6,
+            "rms_norm_eps": float(_first(text, *EPSILON_NAMES) or 1e-6),
             "rope_parameters": _rope_parameters(text),
             "logit_scale": _logit_scale(text),
             "final_logit_softcapping": _first(text, "final_logit_softcapping"),
-            "bos_token_id": _token_id(text.bos_token_id),
-            "eos_token_id": text.eos_token_id,
-            "pad_token_id": _token_id(text.pad_token_id),
+            "bos_token_id": _token_id(_first(text, "bos_token_id")),
+            "eos_token_id": _first(text, "eos_token_id"),
+            "pad_token_id": _token_id(_first(text, "pad_token_id")),
             "target_name_or_path": target_config._name_or_path or None,
         }
-        geometry["rms_norm_eps"] = float(geometry["rms_norm_eps"])
         return cls(**{**geometry, **kwargs})
 
 
@@ -220,6 +225,7 @@ def _is_nested(rope: dict[str, Any]) -> bool:
 
 
 def _logit_scale(text: PreTrainedConfig) -> float:
-    if (divisor := _first(text, "logits_scaling")) is not None:
-        return 1.0 / float(divisor)
+    if (scaling := _first(text, "logits_scaling")) is not None:
+        # HyperCLOVA X multiplies by it; Granite, which named it, divides.
+        return float(scaling) if text.model_type.startswith("hyperclovax") else 1.0 / float(scaling)
     return float(_first(text, "logit_scale") or 1.0)

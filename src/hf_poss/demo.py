@@ -2,12 +2,15 @@
 
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 
 __all__ = [
     "HELD_OUT_MODULES",
     "demo_folder",
+    "demo_prompts",
     "held_out_sources",
+    "load_demo_pair",
     "training_sources",
 ]
 
@@ -26,6 +29,19 @@ HELD_OUT_MODULES = (
     "textwrap",
     "zipapp",
 )
+
+# Where prompts end, in held-out modules: the first line with the marker is the prompt's last.
+_PROMPT_ENDS = (
+    ("heapq", "def heapreplace("),
+    ("textwrap", "def dedent("),
+    ("csv", "class DictWriter"),
+    ("fractions", "def limit_denominator("),
+    ("configparser", "def remove_option("),
+    ("queue", "def put("),
+    ("calendar", "def weekday("),
+    ("cmd", "def onecmd("),
+)
+_PROMPT_CHARACTERS = 400
 
 # Tables, vendored packages and tests: text that is not library code, or that some distributions leave out.
 _SKIPPED_FOLDERS = {
@@ -84,3 +100,41 @@ def held_out_sources() -> dict[str, str]:
     """
     root = _standard_library()
     return {name: (root / f"{name}.py").read_text(encoding="utf-8") for name in HELD_OUT_MODULES}
+
+
+def demo_prompts(count: int) -> list[tuple[str, str]]:
+    """Title and text of up to `count` prompts: the lines of held-out modules that lead up to a definition.
+
+    Raises:
+        ValueError: if `count` is below 1.
+    """
+    if count < 1:
+        raise ValueError(f"{count} prompts; expected 1 or more.")
+    sources = held_out_sources()
+    prompts = []
+    for name, marker in _PROMPT_ENDS:
+        begin = sources[name].find(marker)
+        if begin < 0:  # this Python's version of the module differs
+            continue
+        end = sources[name].index("\n", begin) + 1
+        first_line = sources[name].rfind("\n", 0, max(end - _PROMPT_CHARACTERS, 0)) + 1
+        prompts.append((f"{name}.py, {marker.rstrip('(')}", sources[name][first_line:end]))
+    return prompts[:count]
+
+
+def load_demo_pair(folder: str | Path | None = None) -> tuple[Any, Any, Any]:
+    """Target, drafter and tokenizer of the pair in `folder` (the shipped one by default), in float32.
+
+    Raises:
+        FileNotFoundError: if the folder has no `target/` and `poss/`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .modeling_poss import PosSModel
+
+    folder = demo_folder() if folder is None else Path(folder)
+    if not (folder / "target").is_dir() or not (folder / "poss").is_dir():
+        raise FileNotFoundError(f"No target/ and poss/ in {folder}; examples/build_demo_pair.py makes them.")
+    target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype="float32").eval()
+    poss = PosSModel.from_pretrained(folder / "poss", dtype="float32").eval()
+    return target, poss, AutoTokenizer.from_pretrained(folder / "target")

@@ -21,6 +21,7 @@ class CallStatistics:
     Args:
         positions_per_specialist, num_specialists: of the drafter, to deal positions to specialists.
         rounds: draft and verification passes.
+        tokens: tokens that the rounds emitted; a text's first token comes with the prompt's pass, before any round.
         authors: for each new token the draft position that proposed it, 0 where the target picked it.
         drafted: tokens proposed and verified.
         reached: rounds in which every position before was accepted and this one was drafted.
@@ -32,6 +33,7 @@ class CallStatistics:
     num_specialists: int
     device: torch.device
     rounds: int = 0
+    tokens: int = 0
     authors: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     reached: list[int] = field(default_factory=list)
@@ -39,11 +41,6 @@ class CallStatistics:
     seconds: dict[str, float] = field(default_factory=lambda: {"drafting": 0.0, "verifying": 0.0, "other": 0.0})
     _part: str = "other"
     _since: float = field(default_factory=time.perf_counter)
-
-    @property
-    def tokens(self) -> int:
-        """New tokens, the one that the prompt pass gives included."""
-        return len(self.authors)
 
     def add_prompt_pass(self) -> None:
         """The token that the target picked before any draft."""
@@ -58,6 +55,7 @@ class CallStatistics:
             emitted: tokens that the round added to the text; at most `accepted` + 1.
         """
         self.rounds += 1
+        self.tokens += emitted
         self.authors.extend(range(1, accepted + 1))
         self.authors.extend([TARGET] * (emitted - accepted))
         judged = min(emitted, len(drafted))
@@ -102,7 +100,7 @@ class GenerationStatistics:
 
     @property
     def tokens(self) -> int:
-        """New tokens of all calls."""
+        """Tokens that the rounds emitted: the new tokens without the first of each call, which precedes any draft."""
         return sum(call.tokens for call in self.calls)
 
     @property

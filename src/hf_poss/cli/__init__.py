@@ -1,0 +1,32 @@
+"""The command `hf-poss`: one file a subcommand, each with `add_arguments` and `run`."""
+
+import argparse
+import sys
+from importlib import import_module
+
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "complete held-out code with the pair that ships with the package",
+    "generate": "complete a prompt with a target and its specialists",
+    "train": "train specialists for a target on text",
+    "convert": "turn a published PosS, EAGLE or HASS checkpoint into this package's layout",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="hf-poss", description="Position specialists for transformers' generate.")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=text, description=text)
+        if argv[:1] == [name]:  # only the command that runs is imported
+            import_module(f".{name}", __name__).add_arguments(subparser)
+    args = parser.parse_args(argv)
+    try:
+        return import_module(f".{args.command}", __name__).run(args)
+    except (OSError, ValueError) as error:
+        print(f"hf-poss {args.command}: {error}", file=sys.stderr)
+        return 1

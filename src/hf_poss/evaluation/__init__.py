@@ -1,0 +1,6 @@
+"""Measuring what drafting is worth."""
+
+from .speed import SpeedComparison, compare_speed
+
+
+__all__ = ["SpeedComparison", "compare_speed"]
