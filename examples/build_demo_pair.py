@@ -11,11 +11,14 @@ The parts that ship with the package are copied from OUTPUT to `src/hf_poss/asse
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,12 +30,14 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_poss.demo import held_out_sources, training_sources
+from hf_poss import PosSModel, PosSTrainer, PosSTrainingArguments
+from hf_poss.demo import demo_folder, held_out_sources, training_sources
 
 
 VOCAB_SIZE = 2048
 BLOCK_LENGTH = 384
 END_OF_TEXT = "<|endoftext|>"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def build_tokenizer(folder: Path) -> None:
@@ -102,7 +107,7 @@ def train_target(folder: Path, run_folder: Path, max_steps: int) -> None:
         adam_beta2=0.95,
         max_grad_norm=1.0,
         bf16=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=DEVICE == "cpu",
         logging_steps=20,
         eval_strategy="steps",
         eval_steps=200,
@@ -125,15 +130,109 @@ def train_target(folder: Path, run_folder: Path, max_steps: int) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
+def write_samples(file: Path, target_folder: Path, count: int, batch_size: int = 16) -> None:
+    """Text that the target writes itself, for the drafters to learn what their target says: half of it greedy, half
+    sampled, each going on from the first quarter of a training block."""
+    written = len(file.read_text().splitlines()) if file.is_file() else 0
+    if written >= count:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+    target = AutoModelForCausalLM.from_pretrained(target_folder, dtype="float32").to(DEVICE).eval()
+    blocks = packed_blocks(tokenizer, training_sources().values())
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0)).tolist()
+    with file.open("a") as output:
+        for start in tqdm(range(written, count, batch_size), desc="samples"):
+            set_seed(start)
+            rows = [blocks[index]["input_ids"] for index in order[start : start + batch_size]]
+            prompts = torch.stack(rows)[:, : BLOCK_LENGTH // 4].to(DEVICE)
+            texts = target.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=BLOCK_LENGTH - prompts.shape[1],
+                min_new_tokens=BLOCK_LENGTH - prompts.shape[1],
+                **({"do_sample": True, "top_k": 0} if start // batch_size % 2 else {"do_sample": False}),
+            )
+            output.writelines(json.dumps(text) + "\n" for text in texts.tolist())
+            output.flush()
+
+
+def train_drafter(poss: PosSModel, folder: Path, args: argparse.Namespace, steps: int, **loss_weights: float) -> None:
+    """Trains `poss` on the target's own text and on the text it came from, and keeps it in bfloat16."""
+    target_folder = args.output / "target"
+    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+    target = AutoModelForCausalLM.from_pretrained(target_folder, dtype="float32").to(DEVICE)
+    own = [{"input_ids": json.loads(line)} for line in (args.output / "samples.jsonl").read_text().splitlines()]
+    train = own + packed_blocks(tokenizer, training_sources().values())[::4]
+    evaluation = packed_blocks(tokenizer, held_out_sources().values())[::4]
+    run_folder = args.output / f"{folder.name}_run"
+    arguments = PosSTrainingArguments(
+        run_folder,
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+        feature_noise=0.0,
+        bf16=True,
+        use_cpu=DEVICE == "cpu",
+        logging_steps=20,
+        eval_strategy="steps",
+        eval_steps=200,
+        save_steps=100,
+        save_total_limit=1,
+        seed=0,
+        **loss_weights,
+    )
+    trainer = PosSTrainer(poss, target, arguments, train_dataset=train, eval_dataset=evaluation)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(run_folder) if run_folder.is_dir() else None)
+    (run_folder / "metrics.json").write_text(json.dumps(trainer.evaluate(), indent=2))
+    poss.to(torch.bfloat16).save_pretrained(folder)
+
+
+def train_drafters(args: argparse.Namespace) -> None:
+    """An EAGLE layer first, then specialists that start as its copies (PosS section 5.1).
+
+    Both learn from the target's distribution alone: the loss on features, which the paper adds, made small drafters
+    accept less (see the card).
+    """
+    eagle_folder, poss_folder = args.output / "eagle", args.output / "poss"
+    target = AutoModelForCausalLM.from_pretrained(args.output / "target", dtype="float32")
+    weights = {"feature_loss_weight": 0.0, "token_loss_weight": 1.0}
+    if not (eagle_folder / "model.safetensors").is_file():
+        set_seed(0)
+        eagle = PosSModel.from_target(target, positions_per_specialist=1, num_draft_positions=1)
+        train_drafter(eagle, eagle_folder, args, args.eagle_steps, **weights)
+    if not (poss_folder / "model.safetensors").is_file():
+        poss = PosSModel.from_eagle(eagle_folder, positions_per_specialist=2, num_draft_positions=6, dtype="float32")
+        train_drafter(poss, poss_folder, args, args.poss_steps, **weights)
+
+
+def install(output: Path) -> None:
+    """Copies what ships from `output` into the package."""
+    for name in ("target", "poss"):
+        folder = demo_folder() / name
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(output / name, folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--stage", choices=("tokenizer", "target", "poss", "all"), default="all")
-    parser.add_argument("--max_steps", type=int, default=2400, help="optimizer steps of the target")
+    parser.add_argument("--max_steps", type=int, default=1900, help="optimizer steps of the target")
+    parser.add_argument("--samples", type=int, default=800, help="texts that the target writes for its drafters")
+    parser.add_argument("--eagle_steps", type=int, default=500, help="optimizer steps of the EAGLE layer")
+    parser.add_argument("--poss_steps", type=int, default=800, help="optimizer steps of the specialists")
+    parser.add_argument("--install", action="store_true", help="copy the result into the package")
     args = parser.parse_args()
     build_tokenizer(args.output / "target")
     if args.stage in ("target", "all"):
         train_target(args.output / "target", args.output / "target_run", args.max_steps)
+    if args.stage in ("poss", "all"):
+        write_samples(args.output / "samples.jsonl", args.output / "target", args.samples)
+        train_drafters(args)
+    if args.install:
+        install(args.output)
 
 
 if __name__ == "__main__":

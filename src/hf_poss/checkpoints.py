@@ -39,11 +39,11 @@ def reading(path_or_repo: str | None) -> Iterator[None]:
     """Turns what readers raise on damaged files into one error that says what to do.
 
     Raises:
-        ValueError: for a corrupt or truncated safetensors file, or a `.bin` that holds more than tensors.
+        ValueError: for a corrupt or truncated safetensors file or index, or a `.bin` that holds more than tensors.
     """
     try:
         yield
-    except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+    except (SafetensorError, EOFError, pickle.UnpicklingError, json.JSONDecodeError) as error:
         raise ValueError(
             f"The weights in {path_or_repo} cannot be read ({type(error).__name__}: {_first_line(error)}). The file "
             "is corrupt, truncated, or a pickle that holds more than tensors, which is never executed. Download it "
@@ -102,12 +102,15 @@ def read_published(path_or_repo: str, kwargs: dict[str, Any]) -> tuple[PosSConfi
         kwargs: of `from_pretrained`; `positions_per_specialist` and `num_draft_positions` are taken out.
 
     Raises:
-        ValueError: if keys or shapes are not those of position specialists, or the layers cannot be dealt to
-            positions.
+        ValueError: if keys or shapes are not those of position specialists, the layers cannot be dealt to positions,
+            or the config is missing.
     """
     positions_per_specialist = kwargs.pop("positions_per_specialist", None)
     num_draft_positions = kwargs.pop("num_draft_positions", None)
     hub = _hub_arguments(kwargs)
+    config_dict, _ = PreTrainedConfig.get_config_dict(path_or_repo, **hub)
+    if not config_dict:
+        raise ValueError(f"No config.json in {path_or_repo}: it tells the specialists' geometry. Put it there again.")
     files, keys = _weight_files(path_or_repo, hub)
     if keys is not None:
         _check_names(keys, path_or_repo)
@@ -118,7 +121,6 @@ def read_published(path_or_repo: str, kwargs: dict[str, Any]) -> tuple[PosSConfi
     state_dict = {key: value for key, value in state_dict.items() if key not in left_out}
     num_layers = _check_names(state_dict, path_or_repo)
 
-    config_dict, _ = PreTrainedConfig.get_config_dict(path_or_repo, **hub)
     target_config = AutoConfig.from_pretrained(path_or_repo, **hub) if "model_type" in config_dict else None
     n, k = _positions(path_or_repo, num_layers, positions_per_specialist, num_draft_positions)
     config = PosSConfig.from_target_config(
@@ -157,7 +159,7 @@ def _load(file: str) -> dict[str, torch.Tensor]:
         return load_file(file)
     try:
         state_dict = torch.load(file, map_location="cpu", weights_only=True)
-    except RuntimeError as error:  # a cut-off zip archive
+    except Exception as error:  # what a damaged archive or pickle raises depends on the byte that is damaged
         raise pickle.UnpicklingError(_first_line(error)) from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f"{file} holds {type(state_dict).__name__}; expected a dict of tensors by name.")

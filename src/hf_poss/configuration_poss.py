@@ -42,8 +42,8 @@ class PosSConfig(PreTrainedConfig):
         target_name_or_path (`str`, *optional*): The target that the specialists draft for.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: if a field has another type, a count is below 1, heads do not
-            divide, `head_dim` is odd or the activation is unknown.
+        huggingface_hub.errors.StrictDataclassError: if a field has another type.
+        ValueError: if a count is below 1, heads do not divide, `head_dim` is odd or the activation is unknown.
 
     Example:
 
@@ -90,6 +90,7 @@ class PosSConfig(PreTrainedConfig):
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": DEFAULT_ROPE_THETA}
         super().__post_init__(**kwargs)
+        self.validate_architecture()  # a plain ValueError, before `@strict` would wrap it
 
     def validate_architecture(self):
         """Part of `@strict`'s validation: values that fit together."""

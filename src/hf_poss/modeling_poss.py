@@ -113,12 +113,13 @@ class TargetReference:
 
         Gradients reach the features, never the head.
         """
-        head = self.lm_head
-        if type(head) is nn.Linear:
-            bias = None if head.bias is None else head.bias.detach()
-            logits = F.linear(features.to(head.weight), head.weight.detach(), bias)
+        weight = next(self.lm_head.parameters())
+        features_there = features.to(weight) if weight.is_floating_point() else features.to(weight.device)
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.lm_head.parameters()):
+            frozen = {name: parameter.detach() for name, parameter in self.lm_head.named_parameters()}
+            logits = torch.func.functional_call(self.lm_head, frozen, features_there)
         else:
-            logits = head(features.to(device=next(head.parameters()).device))
+            logits = self.lm_head(features_there)
         logits = logits.to(device=features.device, dtype=torch.float32)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
@@ -219,6 +220,8 @@ def roll_out_attention(
     visible = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril(-k)
     if valid_keys is not None:
         visible = visible & valid_keys[:, None, None, None, :]
+        if k == 0:  # padding sees itself: a row without any key would have no softmax
+            visible = visible | torch.eye(rows, dtype=torch.bool, device=query.device)
     scores = torch.matmul(grouped, keys.unsqueeze(2).transpose(-1, -2)).float()
     scores = scores.masked_fill(~visible, float("-inf"))  # [batch, kv_heads, group, rows, rows]
 
@@ -231,8 +234,13 @@ def roll_out_attention(
         for part in (0, 1)
     )  # [batch, kv_heads, rows, k, dim]
     own_scores = torch.einsum("bgqtd,bgtkd->bgqtk", grouped, own_keys).float()
-    row, j = torch.arange(rows, device=query.device)[:, None], torch.arange(1, k + 1, device=query.device)
-    own_scores = own_scores.masked_fill(row - k + j < 0, float("-inf"))
+    j = torch.arange(1, k + 1, device=query.device)
+    source = torch.arange(rows, device=query.device)[:, None] - k + j  # row of stream j that row t sees
+    hidden = source < 0
+    if valid_keys is not None:
+        padding = ~valid_keys[:, source.clamp(min=0)] & (j < k)
+        hidden = (hidden | padding)[:, None, None]
+    own_scores = own_scores.masked_fill(hidden, float("-inf"))
 
     weights = torch.cat((scores, own_scores), dim=-1).softmax(-1).to(values.dtype)
     attended = torch.matmul(weights[..., :rows], values.unsqueeze(2))
@@ -326,6 +334,10 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
         self.rotary_emb = PosSRotaryEmbedding(config)
         self.reference: TargetReference | None = None
         self.generation_config.num_assistant_tokens = config.num_draft_positions
+        self.generation_config.draft_top_k = None
+        self.generation_config.draft_total_tokens = None
+        # A generation config that counts as derived from the model's drops fields that it does not know.
+        self.generation_config._from_model_config = False
         self.post_init()
 
     # ---- Making one ----
@@ -509,6 +521,12 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             # Scores are [rows, rows] a head and position: cheap to make again, too large to keep until backward.
             attend = functools.partial(checkpoint, roll_out_attention, use_reentrant=False)
 
+        # bool [batch or 1, rows, 1]: rows behind another one; the first row of a sample has nothing to take over.
+        if valid_keys is None:
+            follows = torch.arange(features.shape[1], device=features.device)[None, :, None] > 0
+        else:
+            follows = F.pad(valid_keys[:, :-1], (1, 0))[..., None]
+
         fused_streams, predictions = [], []
         keys_values = [[] for _ in self.layers]  # of each specialist, by stream
         stream = features
@@ -519,7 +537,8 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             streams.extend(layer.keys_values(fused, rotary) for fused in fused_streams[len(streams) :])
             attended = attend(layer.queries(fused_streams[-1], rotary), tuple(streams), valid_keys)
             predictions.append(layer.complete(fused_streams[-1], attended))
-            stream = torch.cat((stream[:, :1], predictions[-1][:, :-1]), dim=1).detach()
+            shifted = F.pad(predictions[-1].detach()[:, :-1], (0, 0, 1, 0))
+            stream = torch.where(follows, shifted, stream)
         return tuple(predictions)
 
     def forward(
@@ -562,7 +581,7 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             raise ValueError("Samples have one token; predicting a feature needs two or more.")
         device = self.fc.weight.device
         target_features = target_features[:, 1:].to(device)
-        if not torch.isfinite(target_features).all():
+        if not (torch.isfinite(features).all() and torch.isfinite(target_features).all()):
             raise ValueError(
                 "The target's features hold NaN or infinite values. Run the target in bfloat16 or float32, and check "
                 "its weights."

@@ -28,6 +28,9 @@ class PosSTrainingArguments(TrainingArguments):
     max_grad_value: float | None = field(
         default=0.5, metadata={"help": "Clips every gradient entry at this value (PosS and EAGLE, scripts)."}
     )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Key of the labels in a batch."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads more than `forward`."})
 
     max_length: int = field(default=2048, metadata={"help": "Tokens a sample, cut off beyond (PosS, script)."})
