@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .caches import SpecialistCache
 from .compatibility import LAST_HIDDEN_STATE
@@ -17,6 +17,12 @@ from .statistics import current_call
 
 
 __all__ = ["DraftSettings", "PosSCandidateGenerator"]
+
+logger = logging.get_logger(__name__)
+
+# A CPU pays for every node that it verifies, so its trees are small.
+CPU_TOP_K = 6
+CPU_TOTAL_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class DraftSettings:
     def of(cls, poss: PosSModel, device: torch.device | str) -> "DraftSettings":
         """The knobs of `poss.generation_config`, with defaults where they are None.
 
-        The defaults are EAGLE-2's tree (section 5) on an accelerator, where verifying 60 nodes costs about as much as
-        verifying one. A CPU pays for every node, so its tree is smaller.
+        On an accelerator the defaults are EAGLE-2's tree (section 5): verifying 60 nodes costs it about as much as
+        verifying one.
 
         Raises:
             ValueError: if a knob is no integer or too small.
@@ -48,7 +54,7 @@ class DraftSettings:
         values = {
             "num_assistant_tokens": (getattr(knobs, "num_assistant_tokens", None), poss.config.num_draft_positions, 1),
             "draft_top_k": (getattr(knobs, "draft_top_k", None), CPU_TOP_K if on_cpu else 10, 1),
-            "draft_total_tokens": (getattr(knobs, "draft_total_tokens", None), CPU_TOTAL if on_cpu else 60, 2),
+            "draft_total_tokens": (getattr(knobs, "draft_total_tokens", None), CPU_TOTAL_TOKENS if on_cpu else 60, 2),
         }
         chosen = []
         for name, (value, default, least) in values.items():
@@ -65,10 +71,6 @@ class DraftSettings:
     @property
     def is_chain(self) -> bool:
         return self.top_k == 1
-
-
-CPU_TOP_K = 6
-CPU_TOTAL = 20
 
 
 class PosSCandidateGenerator(AssistedCandidateGenerator):
@@ -111,6 +113,12 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
     ):
         super().__init__(input_ids, assistant_model, generation_config, model_kwargs, inputs_tensor, logits_processor)
         self.reference = TargetReference.from_target(target, assistant_model.config)
+        head_device = target.get_output_embeddings().weight.device
+        if assistant_model.device != head_device:
+            logger.warning_once(
+                f"The drafter is on {assistant_model.device} and the target's head on {head_device}; every draft pass "
+                f"crosses over. Move it once with `poss.to({str(head_device)!r})`."
+            )
         self.settings = DraftSettings.of(assistant_model, target.device)
         self.num_assistant_tokens = self.settings.depth
         every_layer = generation_config.output_hidden_states
@@ -155,7 +163,7 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         self.enter("drafting")
         features = model_outputs.hidden_states[-1]
         # The pass saw the accepted tokens first and the rejected ones behind them.
-        rows = features.shape[1] if self.next_position is None else n_last_matches + 1
+        rows = features.shape[1] if self.next_position is None else int(n_last_matches) + 1
         self.extend_context(features[:, :rows], input_ids)
         self.last_draft = input_ids[:, :0]
         if depth > 0:

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
@@ -76,12 +82,14 @@ def _assisted_decoding(self, input_ids, **kwargs):
     if not isinstance(poss, PosSModel):
         return original_method("_assisted_decoding")(self, input_ids, **kwargs)
     _check_call(self, input_ids, kwargs)
-    settings = DraftSettings.of(poss, self.device)
     decode = original_method("_assisted_decoding")
-    if not settings.is_chain:
+    continued = _cached_tokens(kwargs) > 0  # transformers' loop would feed the cached tokens again
+    if continued or not DraftSettings.of(poss, self.device).is_chain:
         obstacle = _obstacle_to_trees(self, kwargs)
         if obstacle is None:
             decode = decode_with_trees
+        elif continued:
+            raise ValueError(f"Cannot go on from a filled `past_key_values`: {obstacle}. Leave it out.")
         else:
             logger.warning_once(f"Drafting chains instead of trees: {obstacle}.")
     with recorded_call(poss.config.positions_per_specialist, poss.config.num_specialists, self.device):
@@ -102,6 +110,19 @@ def _check_call(target: PreTrainedModel, input_ids: torch.LongTensor, kwargs: di
         )
 
 
+def _cached_tokens(kwargs: dict[str, Any]) -> int:
+    cache = kwargs.get("past_key_values")
+    return cache.get_seq_length() if isinstance(cache, Cache) else 0
+
+
+def _is_windowed(config: PreTrainedConfig) -> bool:
+    """Whether some layer does not see the whole sequence."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None:
+        return any(layer_type != "full_attention" for layer_type in layer_types)
+    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
 def _obstacle_to_trees(target: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
     """Why this target cannot verify a tree in this call, or None."""
     config, text = kwargs["generation_config"], target.config.get_text_config()
@@ -113,8 +134,10 @@ def _obstacle_to_trees(target: PreTrainedModel, kwargs: dict[str, Any]) -> str |
         return f"{attention} attention takes no tree mask; load the target with `attn_implementation='sdpa'`"
     if not {"attention_mask", "position_ids"} <= parameters.keys() or getattr(text, "alibi", False):
         return f"{name} takes no position ids or uses ALiBi, so two nodes cannot share a position"
+    if _is_windowed(text):
+        return f"{name} has layers that see a part of the sequence only (a sliding window)"
     if not isinstance(cache, Cache) or not holds_every_token(cache):
-        return f"{name} has a cache that does not keep every token (a sliding window, or another cache implementation)"
+        return f"the cache ({type(cache).__name__}) does not keep every token as plain tensors"
     if config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states):
         return "attentions and hidden states of a tree are not those of a sequence"
     if kwargs.get("synced_gpus"):

@@ -1,0 +1,473 @@
+"""Drafting: which specialist runs where, what context costs, and that it computes what training computes."""
+
+import copy
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_poss, make_target
+from torch import nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
+
+from hf_poss import PosSCandidateGenerator, PosSModel
+from hf_poss.candidate_generator import DraftSettings
+from hf_poss.draft_tree import DraftTreeBuilder
+from hf_poss.modeling_poss import PosSSpecialist
+
+
+CONTEXT_LENGTHS = [1, 5, 300]
+
+
+def make_drafter(poss, target, prompt, **kwargs) -> PosSCandidateGenerator:
+    model_kwargs = kwargs.pop("model_kwargs", {})
+    config = GenerationConfig(**{"max_length": 1000, **kwargs})
+    return PosSCandidateGenerator(prompt, poss, config, model_kwargs, target)
+
+
+def random_tokens(length: int, seed: int = 0, vocab: int = 97) -> torch.LongTensor:
+    return torch.randint(3, vocab, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def features_of(target, input_ids) -> torch.Tensor:
+    """The target's last hidden states [1, tokens, hidden]."""
+    return target.base_model(input_ids).last_hidden_state
+
+
+def drafter_after_prompt(poss, target, length, **kwargs) -> tuple[PosSCandidateGenerator, torch.LongTensor]:
+    """A drafter whose context is `length` tokens, and all tokens, the root behind them."""
+    input_ids = random_tokens(length + 1)
+    drafter = make_drafter(poss, target, input_ids[:, :-1], **kwargs)
+    with torch.no_grad():
+        drafter.extend_context(features_of(target, input_ids[:, :-1]), input_ids)
+    return drafter, input_ids
+
+
+# ---- Routing ----
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize(
+    ("n", "num_positions", "depth"),
+    [(2, 4, 4), (2, 4, 7), (1, 3, 5), (3, 7, 9), (6, 6, 6), (2, 5, 3), (4, 2, 5)],
+)
+def test_each_position_runs_its_specialist_once(llama, n, num_positions, depth, top_k, monkeypatch):
+    poss = make_poss(llama, positions_per_specialist=n, num_draft_positions=num_positions)
+    drafter, input_ids = drafter_after_prompt(poss, llama, 5)
+    ran = []
+    queries, complete = PosSSpecialist.queries, PosSSpecialist.complete
+
+    def spy_queries(self, *args):
+        ran.append(("queries", list(poss.layers).index(self)))
+        return queries(self, *args)
+
+    def spy_complete(self, *args):
+        ran.append(("complete", list(poss.layers).index(self)))
+        return complete(self, *args)
+
+    monkeypatch.setattr(PosSSpecialist, "queries", spy_queries)
+    monkeypatch.setattr(PosSSpecialist, "complete", spy_complete)
+    with torch.no_grad():
+        drafter.draft(input_ids[:, -1], DraftSettings(depth, top_k, 20))
+
+    specialists = -(-num_positions // n)
+    expected = [min((k - 1) // n, specialists - 1) for k in range(1, depth + 1)]
+    assert [index for name, index in ran if name == "queries"] == expected
+    assert [index for name, index in ran if name == "complete"] == expected
+
+
+# ---- Cost ----
+
+
+class RowCounter:
+    """Counts the rows that pass each linear layer and norm of a drafter."""
+
+    def __init__(self, poss: PosSModel):
+        self.rows = {}
+        for name, module in poss.named_modules():
+            if isinstance(module, nn.Linear) or name.endswith("layernorm"):
+                self.rows[name] = 0
+                module.register_forward_hook(self._count(name))
+
+    def _count(self, name):
+        def hook(module, args, output):
+            self.rows[name] += args[0].shape[:-1].numel()
+
+        return hook
+
+    def take(self) -> dict[str, int]:
+        """Rows since the last time, where there were any."""
+        rows = {name: count for name, count in self.rows.items() if count}
+        self.rows = dict.fromkeys(self.rows, 0)
+        return rows
+
+
+@pytest.mark.parametrize("length", CONTEXT_LENGTHS)
+def test_context_costs_fc_keys_and_values_only(llama, poss, length):
+    counter = RowCounter(poss)
+    drafter, input_ids = drafter_after_prompt(poss, llama, length)
+
+    def context_rows(rows):
+        of_layers = {f"layers.{i}.self_attn.{p}_proj": rows for i in range(len(poss.layers)) for p in "kv"}
+        return {"fc": rows, **of_layers}
+
+    assert counter.take() == context_rows(length)
+
+    with torch.no_grad():
+        drafter.draft(input_ids[:, -1], DraftSettings(4, 3, 10))
+        counter.take()
+        accepted = torch.cat((input_ids, random_tokens(3, seed=1)), dim=1)
+        drafter.extend_context(features_of(llama, accepted[:, :-1])[:, -3:], accepted)
+    assert counter.take() == context_rows(3)
+
+
+@pytest.mark.parametrize("length", CONTEXT_LENGTHS)
+@pytest.mark.parametrize(("top_k", "depth"), [(1, 4), (1, 7), (3, 4), (3, 6), (4, 1), (3, 2)])
+def test_drafting_costs_its_frontiers_whatever_the_context(llama, poss, length, top_k, depth):
+    """The full layer for the frontier of each position; keys and values once for a level and specialist that sees it.
+
+    Every row of a level goes through `fc` once; the last level is not expanded and costs nothing.
+    """
+    counter = RowCounter(poss)
+    drafter, input_ids = drafter_after_prompt(poss, llama, length)
+    counter.take()
+    with torch.no_grad():
+        drafter.draft(input_ids[:, -1], DraftSettings(depth, top_k, 12))
+
+    widths = [1] + [top_k] * (depth - 1)  # frontier of each position
+    expected = {"fc": sum(widths[1:])}
+    for index in range(2):
+        served = [k for k in range(1, depth + 1) if min((k - 1) // 2, 1) == index]
+        full = sum(widths[k - 1] for k in served)
+        seen = sum(widths[1 : max(served)]) if served else 0
+        for name in ("q_proj", "o_proj"):
+            expected[f"layers.{index}.self_attn.{name}"] = full
+        for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "post_attention_layernorm"):
+            expected[f"layers.{index}.{name}"] = full
+        for name in ("k_proj", "v_proj"):
+            expected[f"layers.{index}.self_attn.{name}"] = seen
+    assert counter.take() == {name: rows for name, rows in expected.items() if rows}
+
+
+# ---- Caches ----
+
+
+def assert_same_caches(drafter, fresh):
+    assert drafter.next_position == fresh.next_position
+    torch.testing.assert_close(drafter.query_row, fresh.query_row, rtol=1e-4, atol=1e-4)
+    for cache, fresh_cache in zip(drafter.caches, fresh.caches, strict=True):
+        assert (cache.context_length, cache.num_nodes) == (fresh_cache.context_length, 0)
+        for states, fresh_states in zip(cache.keys_values(), fresh_cache.keys_values(), strict=True):
+            torch.testing.assert_close(states, fresh_states, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("length", [1, 5, 254])
+def test_caches_after_rounds_are_those_of_a_fresh_prefill(llama, poss, length, top_k):
+    drafter, input_ids = drafter_after_prompt(poss, llama, length)
+    settings = DraftSettings(4, top_k, 10)
+    for accepted in (1, 4, 2, 5, 1):
+        with torch.no_grad():
+            first = drafter.draft(input_ids[:, -1], settings)
+            again = drafter.draft(input_ids[:, -1], settings)
+            assert torch.equal(first.tokens, again.tokens), "a draft left nodes behind"
+            input_ids = torch.cat((input_ids, random_tokens(accepted, seed=accepted)), dim=1)
+            features = features_of(llama, input_ids[:, :-1])
+            drafter.extend_context(features[:, -accepted:], input_ids)
+
+            fresh = make_drafter(poss, llama, input_ids[:, :-1])
+            fresh.extend_context(features, input_ids)
+            assert_same_caches(drafter, fresh)
+            assert torch.equal(
+                drafter.draft(input_ids[:, -1], settings).tokens, fresh.draft(input_ids[:, -1], settings).tokens
+            )
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("top_k", [1, 4])
+def test_caches_inside_generate_are_those_of_a_fresh_prefill(top_k, padding, monkeypatch):
+    """After every round of real calls, whatever was accepted."""
+    config = LlamaConfig(
+        vocab_size=12,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    set_seed(4)
+    target = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in target.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10.0)
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=4)
+    poss.generation_config.draft_top_k = top_k
+    snapshots = []
+    extend_context = PosSCandidateGenerator.extend_context
+
+    def spy(self, features, input_ids):
+        extend_context(self, features, input_ids)
+        snapshots.append((copy.deepcopy(self.caches), self.query_row, self.next_position, input_ids))
+
+    monkeypatch.setattr(PosSCandidateGenerator, "extend_context", spy)
+    prompt = random_tokens(9, vocab=12)
+    zeros = torch.zeros(1, padding, dtype=torch.long)
+    padded = torch.cat((zeros, prompt), dim=1)
+    mask = torch.cat((zeros, torch.ones_like(prompt)), dim=1)
+    target.generate(padded, attention_mask=mask, assistant_model=poss, max_new_tokens=30, do_sample=False)
+    monkeypatch.undo()
+
+    lengths = [input_ids.shape[1] for _, _, _, input_ids in snapshots]
+    assert len({after - before for before, after in itertools.pairwise(lengths)}) > 1, "all rounds were alike"
+    for caches, query_row, next_position, input_ids in snapshots:
+        tokens = input_ids[:, padding:]
+        fresh = make_drafter(poss, target, tokens[:, :-1])
+        with torch.no_grad():
+            fresh.extend_context(features_of(target, tokens[:, :-1]), tokens)
+        seen = SimpleNamespace(caches=caches, query_row=query_row, next_position=next_position)
+        assert_same_caches(seen, fresh)
+
+
+# ---- Drafting and training compute the same ----
+
+
+class Spy:
+    """Keeps the features that a draft predicts, and its frontiers, level by level."""
+
+    def __init__(self, monkeypatch):
+        self.features, self.frontiers = [], []
+        complete, grow = PosSSpecialist.complete, DraftTreeBuilder.grow
+
+        def spy_complete(specialist, *args):
+            self.features.append(complete(specialist, *args))
+            return self.features[-1]
+
+        def spy_grow(builder, logits):
+            self.frontiers.append(grow(builder, logits))
+            return self.frontiers[-1]
+
+        monkeypatch.setattr(PosSSpecialist, "complete", spy_complete)
+        monkeypatch.setattr(DraftTreeBuilder, "grow", spy_grow)
+
+
+def peaked(poss: PosSModel) -> PosSModel:
+    """Widens random weights until attention tells keys apart; fresh ones look at all alike, at whatever position."""
+    with torch.no_grad():
+        for name, parameter in poss.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(40.0)
+            elif parameter.dim() > 1:
+                parameter.mul_(5.0)
+    return poss
+
+
+@torch.no_grad()
+def teacher_forced(poss, features, input_ids, drafted: list[int]) -> torch.Tensor:
+    """What training's roll-out predicts for a chain [positions, hidden] whose root is the last of `input_ids`.
+
+    The target's features of drafted tokens are unknown to a draft, so they are noise here: no row may read them.
+    """
+    positions = len(drafted) + 1
+    anchor = input_ids.shape[1] - 2
+    tokens = torch.cat((input_ids, input_ids.new_tensor([drafted])), dim=1)
+    noise = torch.randn(1, positions, features.shape[-1], generator=torch.Generator().manual_seed(0))
+    predictions = poss(tokens, torch.cat((features, noise), dim=1)).predictions
+    return torch.stack([predictions[k][0, anchor + k] for k in range(positions)])
+
+
+@pytest.mark.parametrize("length", CONTEXT_LENGTHS)
+@pytest.mark.parametrize(("n", "num_positions"), [(1, 3), (2, 5), (4, 4)])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_a_drafted_chain_is_a_row_of_the_training_roll_out(family, n, num_positions, length, monkeypatch):
+    """Position k of a chain that starts at row a is what `forward` predicts for position k at row a + k - 1."""
+    target = make_target(family)
+    poss = peaked(make_poss(target, positions_per_specialist=n, num_draft_positions=num_positions))
+    drafter, input_ids = drafter_after_prompt(poss, target, length)
+    spy = Spy(monkeypatch)
+    with torch.no_grad():
+        tree = drafter.draft(input_ids[:, -1], DraftSettings(num_positions, 1, num_positions + 1))
+    drafted = tree.tokens[0, 1:].tolist()
+    features = torch.cat(spy.features, dim=1)[0]
+    monkeypatch.undo()
+
+    expected = teacher_forced(poss, features_of(target, input_ids[:, :-1]), input_ids, drafted[:-1])
+
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert drafted == target.get_output_embeddings()(expected).argmax(-1).tolist()
+
+
+def test_every_branch_of_a_tree_is_a_row_of_the_training_roll_out(monkeypatch):
+    target = make_target("llama", scale=1.0)  # flat distributions, so that trees are bushy
+    poss = peaked(make_poss(target, positions_per_specialist=2, num_draft_positions=4))
+    drafter, input_ids = drafter_after_prompt(poss, target, 20)
+    spy = Spy(monkeypatch)
+    with torch.no_grad():
+        drafter.draft(input_ids[:, -1], DraftSettings(4, 3, 20))
+    levels, frontiers = list(spy.features), list(spy.frontiers)
+    monkeypatch.undo()
+
+    context = features_of(target, input_ids[:, :-1])
+    paths = [[]]
+    for level, (features, frontier) in enumerate(zip(levels, frontiers, strict=True), start=1):
+        assert features.shape[1] == len(paths)
+        for row, path in enumerate(paths):
+            expected = teacher_forced(poss, context, input_ids, path)[-1]
+            torch.testing.assert_close(features[0, row], expected, rtol=1e-4, atol=1e-4)
+        paths = [
+            [*paths[parent], token]
+            for parent, token in zip(frontier.parents[0].tolist(), frontier.tokens[0].tolist(), strict=True)
+        ]
+        assert all(len(path) == level for path in paths)
+    assert len({tuple(path[:-1]) for path in paths}) > 1, "no branches compared"
+
+
+def test_deeper_than_trained_the_last_specialist_goes_on(llama, monkeypatch):
+    """With one specialist that is the roll-out of the same weights over more positions."""
+    poss = peaked(make_poss(llama, positions_per_specialist=2, num_draft_positions=2))
+    longer = make_poss(llama, positions_per_specialist=5, num_draft_positions=5)
+    longer.load_state_dict(poss.state_dict())
+    drafter, input_ids = drafter_after_prompt(poss, llama, 12)
+    spy = Spy(monkeypatch)
+    with torch.no_grad():
+        tree = drafter.draft(input_ids[:, -1], DraftSettings(5, 1, 6))
+    features = torch.cat(spy.features, dim=1)[0]
+    monkeypatch.undo()
+    expected = teacher_forced(longer, features_of(llama, input_ids[:, :-1]), input_ids, tree.tokens[0, 1:-1].tolist())
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- Candidates for transformers' own loop ----
+
+
+def outputs_for(target, input_ids):
+    return SimpleNamespace(hidden_states=(features_of(target, input_ids),))
+
+
+def test_nothing_is_drafted_before_the_target_has_seen_the_prompt(llama, poss):
+    prompt = random_tokens(6)
+    candidates, logits = make_drafter(poss, llama, prompt).get_candidates(prompt, is_first_iteration=True)
+    assert torch.equal(candidates, prompt) and logits is None
+
+
+@pytest.mark.parametrize(("max_length", "drafted"), [(100, 4), (11, 4), (10, 3), (8, 1), (7, 0)])
+def test_drafts_leave_room_for_the_targets_own_token(llama, poss, max_length, drafted):
+    tokens = random_tokens(6)
+    drafter = make_drafter(poss, llama, tokens[:, :5], max_length=max_length)
+    candidates, logits = drafter.get_candidates(
+        tokens, model_outputs=outputs_for(llama, tokens[:, :5]), is_first_iteration=False
+    )
+    assert logits is None
+    assert torch.equal(candidates[:, :6], tokens)
+    assert candidates.shape[1] - 6 == drafted
+
+
+def test_a_chain_ends_with_the_end_of_sequence(llama, poss):
+    tokens = random_tokens(6)
+    outputs = outputs_for(llama, tokens[:, :5])
+
+    def drafted(**kwargs):
+        drafter = make_drafter(poss, llama, tokens[:, :5], **kwargs)
+        candidates, _ = drafter.get_candidates(tokens, model_outputs=outputs, is_first_iteration=False)
+        return candidates[0, 6:].tolist()
+
+    whole = drafted()
+    for eos in set(whole):
+        assert drafted(eos_token_id=[eos, 0]) == whole[: whole.index(eos) + 1]
+
+
+def test_rejected_tokens_do_not_enter_the_context(llama, poss):
+    """The pass saw five tokens, of which the root and two drafted ones were right."""
+    tokens = random_tokens(6)
+    drafter = make_drafter(poss, llama, tokens[:, :5])
+    candidates, _ = drafter.get_candidates(
+        tokens, model_outputs=outputs_for(llama, tokens[:, :5]), is_first_iteration=False
+    )
+    seen = outputs_for(llama, candidates).hidden_states[0][:, 5:]
+    assert seen.shape[1] == 5
+    accepted = torch.cat((candidates[:, :8], random_tokens(1, seed=3)), dim=1)
+    drafter.get_candidates(
+        accepted,
+        model_outputs=SimpleNamespace(hidden_states=(seen,)),
+        is_first_iteration=False,
+        n_last_matches=torch.tensor(2),
+    )
+    fresh = make_drafter(poss, llama, accepted[:, :-1])
+    with torch.no_grad():
+        fresh.extend_context(features_of(llama, accepted[:, :-1]), accepted)
+    assert_same_caches(drafter, fresh)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_features_that_are_not_finite_are_refused(llama, poss, bad):
+    tokens = random_tokens(6)
+    features = features_of(llama, tokens[:, :5])
+    features[0, 2, 7] = bad
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        make_drafter(poss, llama, tokens[:, :5]).extend_context(features, tokens)
+
+
+def test_features_in_the_targets_dtype_are_taken(llama, poss):
+    """A bfloat16 target may have a float32 drafter and the other way round."""
+    tokens = random_tokens(6)
+    features = features_of(llama, tokens[:, :5])
+    trees = []
+    for drafter_dtype, feature_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        drafter = make_drafter(copy.deepcopy(poss).to(drafter_dtype), llama, tokens[:, :5])
+        with torch.no_grad():
+            drafter.extend_context(features.to(feature_dtype), tokens)
+            trees.append(drafter.draft(tokens[:, -1], DraftSettings(3, 3, 10)))
+        assert drafter.query_row.dtype == drafter_dtype
+    assert [tree.tokens.shape for tree in trees] == [(1, 10), (1, 10)]
+
+
+# ---- Settings ----
+
+
+def test_default_settings(llama):
+    poss = make_poss(llama, positions_per_specialist=2, num_draft_positions=5)
+    assert DraftSettings.of(poss, "cuda") == DraftSettings(depth=5, top_k=10, total_tokens=60)
+    on_cpu = DraftSettings.of(poss, torch.device("cpu"))
+    assert on_cpu.depth == 5
+    assert 1 < on_cpu.top_k <= 10 and on_cpu.top_k < on_cpu.total_tokens < 60
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_settings_are_those_of_the_generation_config(poss, device):
+    knobs = poss.generation_config
+    knobs.num_assistant_tokens, knobs.draft_top_k, knobs.draft_total_tokens = 9, 3, 17
+    assert DraftSettings.of(poss, device) == DraftSettings(9, 3, 17)
+
+
+def test_settings_are_saved_and_loaded(poss, tmp_path):
+    knobs = poss.generation_config
+    knobs.num_assistant_tokens, knobs.draft_top_k, knobs.draft_total_tokens = 9, 3, 17
+    poss.save_pretrained(tmp_path)
+    assert DraftSettings.of(PosSModel.from_pretrained(tmp_path), "cpu") == DraftSettings(9, 3, 17)
+
+
+def test_one_branch_is_a_chain(poss):
+    poss.generation_config.draft_top_k = 1
+    assert DraftSettings.of(poss, "cpu").is_chain
+    poss.generation_config.draft_top_k = 2
+    assert not DraftSettings.of(poss, "cpu").is_chain
+
+
+@pytest.mark.parametrize(
+    ("knob", "least", "bad"),
+    [
+        ("num_assistant_tokens", 1, [0, -1, 2.0, "3", True]),
+        ("draft_top_k", 1, [0, -4, 1.5, False]),
+        ("draft_total_tokens", 2, [1, 0, 60.0, [60]]),
+    ],
+)
+def test_settings_out_of_range_are_refused(poss, knob, least, bad):
+    setattr(poss.generation_config, knob, least)
+    DraftSettings.of(poss, "cpu")
+    for value in bad:
+        setattr(poss.generation_config, knob, value)
+        with pytest.raises(ValueError, match=rf"{knob}.*integer of {least} or more"):
+            DraftSettings.of(poss, "cpu")
