@@ -156,13 +156,13 @@ def write_samples(file: Path, target_folder: Path, count: int, batch_size: int =
             output.flush()
 
 
-def train_drafter(poss: PosSModel, folder: Path, args: argparse.Namespace, steps: int, **loss_weights: float) -> None:
+def train_drafter(poss: PosSModel, folder: Path, args: argparse.Namespace, steps: int, learning_rate: float) -> None:
     """Trains `poss` on the target's own text and on the text it came from, and keeps it in bfloat16."""
     target_folder = args.output / "target"
     tokenizer = AutoTokenizer.from_pretrained(target_folder)
-    target = AutoModelForCausalLM.from_pretrained(target_folder, dtype="float32").to(DEVICE)
+    target = AutoModelForCausalLM.from_pretrained(target_folder, dtype="bfloat16").to(DEVICE)
     own = [{"input_ids": json.loads(line)} for line in (args.output / "samples.jsonl").read_text().splitlines()]
-    train = own + packed_blocks(tokenizer, training_sources().values())[::4]
+    train = 2 * own + packed_blocks(tokenizer, training_sources().values())[::4]
     evaluation = packed_blocks(tokenizer, held_out_sources().values())[::4]
     run_folder = args.output / f"{folder.name}_run"
     arguments = PosSTrainingArguments(
@@ -170,8 +170,10 @@ def train_drafter(poss: PosSModel, folder: Path, args: argparse.Namespace, steps
         max_steps=steps,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=8,
-        learning_rate=1e-3,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
+        feature_loss_weight=0.0,
+        token_loss_weight=1.0,
         feature_noise=0.0,
         bf16=True,
         use_cpu=DEVICE == "cpu",
@@ -181,7 +183,6 @@ def train_drafter(poss: PosSModel, folder: Path, args: argparse.Namespace, steps
         save_steps=100,
         save_total_limit=1,
         seed=0,
-        **loss_weights,
     )
     trainer = PosSTrainer(poss, target, arguments, train_dataset=train, eval_dataset=evaluation)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(run_folder) if run_folder.is_dir() else None)
@@ -192,19 +193,17 @@ def train_drafter(poss: PosSModel, folder: Path, args: argparse.Namespace, steps
 def train_drafters(args: argparse.Namespace) -> None:
     """An EAGLE layer first, then specialists that start as its copies (PosS section 5.1).
 
-    Both learn from the target's distribution alone: the loss on features, which the paper adds, made small drafters
-    accept less (see the card).
+    Both learn from the target's distribution alone, as EAGLE-3 does, without the paper's loss on features.
     """
     eagle_folder, poss_folder = args.output / "eagle", args.output / "poss"
     target = AutoModelForCausalLM.from_pretrained(args.output / "target", dtype="float32")
-    weights = {"feature_loss_weight": 0.0, "token_loss_weight": 1.0}
     if not (eagle_folder / "model.safetensors").is_file():
         set_seed(0)
         eagle = PosSModel.from_target(target, positions_per_specialist=1, num_draft_positions=1)
-        train_drafter(eagle, eagle_folder, args, args.eagle_steps, **weights)
+        train_drafter(eagle, eagle_folder, args, args.eagle_steps, learning_rate=1e-3)
     if not (poss_folder / "model.safetensors").is_file():
         poss = PosSModel.from_eagle(eagle_folder, positions_per_specialist=2, num_draft_positions=6, dtype="float32")
-        train_drafter(poss, poss_folder, args, args.poss_steps, **weights)
+        train_drafter(poss, poss_folder, args, args.poss_steps, learning_rate=3e-3)
 
 
 def install(output: Path) -> None:
@@ -220,9 +219,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--stage", choices=("tokenizer", "target", "poss", "all"), default="all")
     parser.add_argument("--max_steps", type=int, default=1800, help="optimizer steps of the target")
-    parser.add_argument("--samples", type=int, default=480, help="texts that the target writes for its drafters")
+    parser.add_argument("--samples", type=int, default=800, help="texts that the target writes for its drafters")
     parser.add_argument("--eagle_steps", type=int, default=400, help="optimizer steps of the EAGLE layer")
-    parser.add_argument("--poss_steps", type=int, default=600, help="optimizer steps of the specialists")
+    parser.add_argument("--poss_steps", type=int, default=1000, help="optimizer steps of the specialists")
     parser.add_argument("--install", action="store_true", help="copy the result into the package")
     args = parser.parse_args()
     build_tokenizer(args.output / "target")

@@ -202,3 +202,10 @@ def test_other_target_is_refused(samples, tmp_path):
     other.config.vocab_size = 12
     with pytest.raises(ValueError, match="vocabulary of 97 tokens"):
         PosSTrainer(poss, other, arguments(tmp_path), train_dataset=samples)
+
+
+@pytest.mark.parametrize("dataset", [["some text"], [{"text": "some text"}]])
+def test_text_without_a_tokenizer_is_refused(target, dataset, tmp_path):
+    poss = make_poss(target, num_draft_positions=3)
+    with pytest.raises(ValueError, match="processing_class"):
+        PosSTrainer(poss, target, arguments(tmp_path), train_dataset=dataset)

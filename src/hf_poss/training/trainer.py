@@ -85,6 +85,9 @@ class PosSTrainer(Trainer):
         if isinstance(dataset, dict):
             return {name: PosSTrainer._prepare(part, tokenizer, args) for name, part in dataset.items()}
         if tokenizer is None:
+            sample = next(iter(dataset), None)
+            if isinstance(sample, str) or (isinstance(sample, dict) and "input_ids" not in sample):
+                raise ValueError("The dataset holds text. Pass the target's tokenizer as `processing_class`.")
             return dataset
         return tokenize_texts(dataset, tokenizer, args.max_length, args.packing, args.dataset_text_field)
 
