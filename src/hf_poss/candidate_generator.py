@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, logging
 from .caches import SpecialistCache
 from .compatibility import LAST_HIDDEN_STATE
 from .draft_tree import DraftTree, DraftTreeBuilder
-from .modeling_poss import PosSModel, TargetReference
+from .modeling_poss import PosSModel, RotaryAngles, TargetReference
 from .statistics import current_call
 
 
@@ -242,20 +242,16 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
             self.query_row, torch.arange(first, first + settings.depth, device=device)[None]
         )  # [1, depth, head_dim], one row a draft position
 
-        nodes: list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]] = []  # fused input and angles by level
-        visible: torch.Tensor | None = None  # bool [1, frontier, nodes so far]: itself and its ancestors
+        nodes: list[tuple[torch.Tensor, RotaryAngles]] = []  # fused input and angles by level
+        # [1, frontier, nodes so far], added to scores: 0 at the node itself and its ancestors, -inf elsewhere.
+        hidden: torch.Tensor | None = None
         fused, rotary = self.query_row, (cos[:, :1], sin[:, :1])
         for position in range(1, settings.depth + 1):
             layer = poss.specialist(position)
             cache = self.caches[poss.config.specialist_index(position)]
-            for level_fused, level_rotary in nodes[self._levels_held(cache, nodes) :]:
-                cache.append_nodes(*layer.keys_values(level_fused, level_rotary))
-            attended = F.scaled_dot_product_attention(
-                layer.queries(fused, rotary),
-                *cache.keys_values(),
-                attn_mask=None if visible is None else _with_context(visible, cache.context_length),
-                enable_gqa=poss.config.num_key_value_heads != poss.config.num_attention_heads,
-            )
+            if new := nodes[self._levels_held(cache, nodes) :]:
+                cache.append_nodes(*layer.keys_values(*_joined(new)))
+            attended = _attend(layer.queries(fused, rotary), *cache.keys_values(), hidden)
             features = layer.complete(fused, attended)  # [1, frontier, hidden]
             frontier = builder.grow(self.reference.logits(features))
             if position == settings.depth:
@@ -265,18 +261,19 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
             width = fused.shape[1]
             rotary = tuple(angle[:, position : position + 1].expand(-1, width, -1) for angle in (cos, sin))
             nodes.append((fused, rotary))
-            own = torch.eye(width, dtype=torch.bool, device=device)[None]
-            if visible is None:
-                visible = own
+            own = torch.full((width, width), float("-inf"), dtype=fused.dtype, device=device)
+            own = own.fill_diagonal_(0.0)[None]
+            if hidden is None:
+                hidden = own
             else:
-                ancestors = visible.gather(1, frontier.parents[:, :, None].expand(-1, -1, visible.shape[-1]))
-                visible = torch.cat((ancestors, own), dim=-1)
+                ancestors = hidden.gather(1, frontier.parents[:, :, None].expand(-1, -1, hidden.shape[-1]))
+                hidden = torch.cat((ancestors, own), dim=-1)
         for cache in self.caches:
             cache.num_nodes = 0
         return builder.build(settings.total_tokens)
 
     @staticmethod
-    def _levels_held(cache: SpecialistCache, nodes: list) -> int:
+    def _levels_held(cache: SpecialistCache, nodes: list[tuple[torch.Tensor, RotaryAngles]]) -> int:
         """Levels of this round whose keys a specialist has already: it made them at an earlier depth of its span."""
         held = 0
         for level, (fused, _) in enumerate(nodes):
@@ -286,9 +283,34 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         return len(nodes)
 
 
-def _with_context(visible: torch.Tensor, context_length: int) -> torch.Tensor:
-    """Every node sees the whole context: bool [1, 1, frontier, context + nodes]."""
-    return F.pad(visible, (context_length, 0), value=True)[:, None]
+def _joined(levels: list[tuple[torch.Tensor, RotaryAngles]]) -> tuple[torch.Tensor, RotaryAngles]:
+    """Fused inputs and angles of several levels, one behind the other."""
+    if len(levels) == 1:
+        return levels[0]
+    fused, angles = zip(*levels, strict=True)
+    cos, sin = zip(*angles, strict=True)
+    return torch.cat(fused, dim=1), (torch.cat(cos, dim=1), torch.cat(sin, dim=1))
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention [1, heads, frontier, head_dim] of a frontier on the context, which all of it sees, and on nodes.
+
+    Heads that share keys become rows: the keys are not repeated for them.
+
+    Args:
+        query: [1, heads, frontier, head_dim].
+        keys, values: [1, key_value_heads, context + nodes, head_dim].
+        hidden: [1, frontier, nodes], added to the scores of nodes; None where there are none.
+    """
+    heads, frontier = query.shape[1:3]
+    groups = keys.shape[1]
+    mask = None
+    if hidden is not None:
+        mask = F.pad(hidden, (keys.shape[-2] - hidden.shape[-1], 0)).repeat(1, heads // groups, 1)[:, None]
+    rows = query.reshape(1, groups, heads // groups * frontier, -1)
+    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).view(1, heads, frontier, -1)
 
 
 def _eos_token_ids(generation_config: GenerationConfig) -> list[int]:

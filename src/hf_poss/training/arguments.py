@@ -21,7 +21,8 @@ class PosSTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate (PosS, training script)."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta (PosS and EAGLE, scripts)."})
     warmup_steps: float = field(
-        default=0.01, metadata={"help": "Share (below 1) or number of steps of linear warm-up (PosS, script: a hundredth)."}
+        default=0.01,
+        metadata={"help": "Share (below 1) or number of steps of linear warm-up (PosS, script: a hundredth)."},
     )
     num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs (PosS section 5.1)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip at; 0 for none."})
