@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=1800, help="optimizer steps of the target")
     parser.add_argument("--samples", type=int, default=800, help="texts that the target writes for its drafters")
     parser.add_argument("--eagle_steps", type=int, default=400, help="optimizer steps of the EAGLE layer")
-    parser.add_argument("--poss_steps", type=int, default=1000, help="optimizer steps of the specialists")
+    parser.add_argument("--poss_steps", type=int, default=1600, help="optimizer steps of the specialists")
     parser.add_argument("--install", action="store_true", help="copy the result into the package")
     args = parser.parse_args()
     build_tokenizer(args.output / "target")

@@ -80,9 +80,7 @@ class DraftTreeBuilder:
             logits: float32 [batch, frontier, vocab] of the frontier's nodes.
         """
         top_k = min(self.top_k, logits.shape[-1])
-        best, tokens = logits.topk(top_k, dim=-1)  # [batch, frontier, top_k]
-        # Rounding may lift a certain token above probability 1, and a child above its parent.
-        log_probabilities = (best - logits.logsumexp(-1, keepdim=True)).clamp(max=0.0)
+        log_probabilities, tokens = logits.log_softmax(-1).topk(top_k, dim=-1)  # [batch, frontier, top_k]
         scores = (self.frontier_scores[:, :, None] + log_probabilities).flatten(1)
         tokens = tokens.flatten(1)  # [batch, frontier * top_k]
         parents = self.frontier_ids.repeat_interleave(top_k, dim=1)
