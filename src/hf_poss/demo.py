@@ -30,18 +30,7 @@ HELD_OUT_MODULES = (
     "zipapp",
 )
 
-# Where prompts end, in held-out modules: the first line with the marker is the prompt's last.
-_PROMPT_ENDS = (
-    ("heapq", "def heapreplace("),
-    ("textwrap", "def dedent("),
-    ("csv", "class DictWriter"),
-    ("fractions", "def limit_denominator("),
-    ("configparser", "def remove_option("),
-    ("queue", "def put("),
-    ("calendar", "def weekday("),
-    ("cmd", "def onecmd("),
-)
-_PROMPT_CHARACTERS = 400
+_PROMPT_CHARACTERS = 500
 
 # Tables, vendored packages and tests: text that is not library code, or that some distributions leave out.
 _SKIPPED_FOLDERS = {
@@ -103,23 +92,19 @@ def held_out_sources() -> dict[str, str]:
 
 
 def demo_prompts(count: int) -> list[tuple[str, str]]:
-    """Title and text of up to `count` prompts: the lines of held-out modules that lead up to a definition.
+    """Title and text of up to `count` prompts, one a held-out module: the lines that lead up to its middle.
 
     Raises:
         ValueError: if `count` is below 1.
     """
     if count < 1:
         raise ValueError(f"{count} prompts; expected 1 or more.")
-    sources = held_out_sources()
     prompts = []
-    for name, marker in _PROMPT_ENDS:
-        begin = sources[name].find(marker)
-        if begin < 0:  # this Python's version of the module differs
-            continue
-        end = sources[name].index("\n", begin) + 1
-        first_line = sources[name].rfind("\n", 0, max(end - _PROMPT_CHARACTERS, 0)) + 1
-        prompts.append((f"{name}.py, {marker.rstrip('(')}", sources[name][first_line:end]))
-    return prompts[:count]
+    for name, source in list(held_out_sources().items())[:count]:
+        end = source.index("\n", len(source) // 2) + 1
+        start = source.rfind("\n", 0, max(end - _PROMPT_CHARACTERS, 0)) + 1
+        prompts.append((f"{name}.py", source[start:end]))
+    return prompts
 
 
 def load_demo_pair(folder: str | Path | None = None) -> tuple[Any, Any, Any]:

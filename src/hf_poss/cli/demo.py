@@ -10,9 +10,9 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", type=int, default=4, help="number of held-out prompts (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=160, help="tokens a prompt (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed pairs a prompt (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=6, help="number of held-out prompts (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens a prompt (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="timed pairs a prompt (default: %(default)s)")
     parser.add_argument("--folder", help="another pair: a folder with target/ and poss/")
 
 
