@@ -212,17 +212,14 @@ def _rope_parameters(text: PreTrainedConfig) -> dict[str, Any] | None:
     if not rope:
         return None
     # Families that alternate windows keep one set a layer type; a specialist sees the whole context.
-    rope = dict(rope.get("full_attention") or next(iter(rope.values())) if _is_nested(rope) else rope)
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    rope = dict(rope.get("full_attention") or nested[0] if nested else rope)
     rope.pop("partial_rotary_factor", None)
     rope.pop("mrope_section", None)
-    rope.setdefault("rope_theta", DEFAULT_ROPE_THETA)
+    rope["rope_theta"] = rope.get("rope_theta") or DEFAULT_ROPE_THETA
     if rope.get("rope_type") not in ("default", "linear", "dynamic", "yarn", "llama3"):
         rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
     return rope
-
-
-def _is_nested(rope: dict[str, Any]) -> bool:
-    return all(isinstance(value, dict) or value is None for value in rope.values())
 
 
 def _logit_scale(text: PreTrainedConfig) -> float:

@@ -84,13 +84,16 @@ def _assisted_decoding(self, input_ids, **kwargs):
     _check_call(self, input_ids, kwargs)
     decode = original_method("_assisted_decoding")
     continued = _cached_tokens(kwargs) > 0  # transformers' loop would feed the cached tokens again
-    if continued or not DraftSettings.of(poss, self.device).is_chain:
+    # ... and takes a prompt that ends like a text for finished, in some releases.
+    ended = _ends_with(input_ids, kwargs["generation_config"].eos_token_id)
+    wants_tree = not DraftSettings.of(poss, self.device).is_chain
+    if continued or ended or wants_tree:
         obstacle = _obstacle_to_trees(self, kwargs)
         if obstacle is None:
             decode = decode_with_trees
         elif continued:
             raise ValueError(f"Cannot go on from a filled `past_key_values`: {obstacle}. Leave it out.")
-        else:
+        elif wants_tree:
             logger.warning_once(f"Drafting chains instead of trees: {obstacle}.")
     with recorded_call(poss.config.positions_per_specialist, poss.config.num_specialists, self.device):
         return decode(self, input_ids, **kwargs)
@@ -113,6 +116,11 @@ def _check_call(target: PreTrainedModel, input_ids: torch.LongTensor, kwargs: di
 def _cached_tokens(kwargs: dict[str, Any]) -> int:
     cache = kwargs.get("past_key_values")
     return cache.get_seq_length() if isinstance(cache, Cache) else 0
+
+
+def _ends_with(input_ids: torch.LongTensor, token_ids: int | list[int] | None) -> bool:
+    token_ids = [token_ids] if isinstance(token_ids, int) else token_ids or []
+    return int(input_ids[0, -1]) in token_ids if input_ids.shape[1] else False
 
 
 def _is_windowed(config: PreTrainedConfig) -> bool:

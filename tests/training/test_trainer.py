@@ -187,7 +187,7 @@ def test_overfitting_one_text_makes_generate_accept_all(tmp_path):
     prompt = torch.tensor([[11, 5, 60, 33, 8, 71, 29, 4]])
     wanted = target.generate(prompt, **knobs)
     poss = make_poss(target, positions_per_specialist=2, num_draft_positions=4)
-    args = arguments(tmp_path, max_steps=200, learning_rate=3e-3, feature_loss_weight=0.2, token_loss_weight=1.0)
+    args = arguments(tmp_path, max_steps=600, learning_rate=3e-3, feature_loss_weight=0.2, token_loss_weight=1.0)
     PosSTrainer(poss, target, args, train_dataset=[{"input_ids": wanted[0].tolist()}]).train()
     poss.eval().generation_config.draft_top_k = 1
     with collect_statistics() as stats:
