@@ -199,7 +199,9 @@ def train_drafters(args: argparse.Namespace) -> None:
     target = AutoModelForCausalLM.from_pretrained(args.output / "target", dtype="float32")
     if not (eagle_folder / "model.safetensors").is_file():
         set_seed(0)
-        eagle = PosSModel.from_target(target, positions_per_specialist=1, num_draft_positions=1)
+        eagle = PosSModel.from_target(
+            target, positions_per_specialist=1, num_draft_positions=1, target_name_or_path="demo-target"
+        )
         train_drafter(eagle, eagle_folder, args, args.eagle_steps, learning_rate=1e-3)
     if not (poss_folder / "model.safetensors").is_file():
         poss = PosSModel.from_eagle(eagle_folder, positions_per_specialist=2, num_draft_positions=6, dtype="float32")
