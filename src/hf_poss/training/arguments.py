@@ -13,7 +13,7 @@ class PosSTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] with the settings of the paper's training (PosS section 5.1; the script in
     its repository), which started from an EAGLE layer and ran on 4 devices with 2 samples each, in bfloat16.
 
-    Specialists that start from random weights learn faster at a higher rate; `learning_rate=1e-3` did in small runs.
+    The learning rate is meant for that start; specialists that start from random weights need a higher one.
 
     Args below are added to the base class or have another default.
     """
