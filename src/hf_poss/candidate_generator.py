@@ -16,7 +16,7 @@ from .modeling_poss import PosSModel, RotaryAngles, TargetReference
 from .statistics import current_call
 
 
-__all__ = ["DraftSettings", "PosSCandidateGenerator"]
+__all__ = ["DraftSettings", "PosSCandidateGenerator", "eos_token_ids"]
 
 logger = logging.get_logger(__name__)
 
@@ -123,7 +123,7 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         self.num_assistant_tokens = self.settings.depth
         every_layer = generation_config.output_hidden_states
         self.model_kwargs_overrides = {"output_hidden_states": True if every_layer else LAST_HIDDEN_STATE}
-        self.eos_token_ids = _eos_token_ids(generation_config)
+        self.eos_token_ids = eos_token_ids(generation_config)
         self.record = current_call()
 
         mask = model_kwargs.get("attention_mask")
@@ -313,7 +313,8 @@ def _attend(
     return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).view(1, heads, frontier, -1)
 
 
-def _eos_token_ids(generation_config: GenerationConfig) -> list[int]:
+def eos_token_ids(generation_config: GenerationConfig) -> list[int]:
+    """The end-of-sequence tokens of a call, none, one or several."""
     eos = generation_config.eos_token_id
     return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
 

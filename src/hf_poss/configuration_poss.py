@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
-__all__ = ["PosSConfig"]
+__all__ = ["PosSConfig", "specialist_index"]
 
 DEFAULT_ROPE_THETA = 10000.0
 EPSILON_NAMES = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
@@ -131,7 +131,7 @@ class PosSConfig(PreTrainedConfig):
         """
         if position < 1:
             raise ValueError(f"Draft position {position} does not exist; positions count from 1.")
-        return min((position - 1) // self.positions_per_specialist, self.num_specialists - 1)
+        return specialist_index(position, self.positions_per_specialist, self.num_specialists)
 
     @classmethod
     def from_target_config(cls, target_config: PreTrainedConfig, **kwargs: Any) -> "PosSConfig":
@@ -177,6 +177,11 @@ class PosSConfig(PreTrainedConfig):
             "target_name_or_path": target_config._name_or_path or None,
         }
         return cls(**{**geometry, **kwargs})
+
+
+def specialist_index(position: int, positions_per_specialist: int, num_specialists: int) -> int:
+    """min((k - 1) // n, S - 1) of draft position k (1-based)."""
+    return min((position - 1) // positions_per_specialist, num_specialists - 1)
 
 
 def _first(config: PreTrainedConfig, *names: str) -> Any:

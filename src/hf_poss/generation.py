@@ -23,7 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .caches import holds_every_token, keep_path
-from .candidate_generator import DraftSettings, PosSCandidateGenerator
+from .candidate_generator import DraftSettings, PosSCandidateGenerator, eos_token_ids
 from .compatibility import original_method, replace_method
 from .draft_tree import DraftTree
 from .modeling_poss import PosSModel, check_target
@@ -81,11 +81,11 @@ def _assisted_decoding(self, input_ids, **kwargs):
     poss = kwargs.get("assistant_model")
     if not isinstance(poss, PosSModel):
         return original_method("_assisted_decoding")(self, input_ids, **kwargs)
-    _check_call(self, input_ids, kwargs)
+    _check_call(input_ids, kwargs)
     decode = original_method("_assisted_decoding")
     continued = _cached_tokens(kwargs) > 0  # transformers' loop would feed the cached tokens again
     # ... and takes a prompt that ends like a text for finished, in some releases.
-    ended = _ends_with(input_ids, kwargs["generation_config"].eos_token_id)
+    ended = bool(input_ids.shape[1]) and int(input_ids[0, -1]) in eos_token_ids(kwargs["generation_config"])
     wants_tree = not DraftSettings.of(poss, self.device).is_chain
     if continued or ended or wants_tree:
         obstacle = _obstacle_to_trees(self, kwargs)
@@ -99,8 +99,7 @@ def _assisted_decoding(self, input_ids, **kwargs):
         return decode(self, input_ids, **kwargs)
 
 
-def _check_call(target: PreTrainedModel, input_ids: torch.LongTensor, kwargs: dict[str, Any]) -> None:
-    check_target(kwargs["assistant_model"].config, target)
+def _check_call(input_ids: torch.LongTensor, kwargs: dict[str, Any]) -> None:
     if input_ids.shape[0] > 1:
         raise ValueError(
             f"The batch has {input_ids.shape[0]} rows; position specialists draft for one row at a time. "
@@ -116,11 +115,6 @@ def _check_call(target: PreTrainedModel, input_ids: torch.LongTensor, kwargs: di
 def _cached_tokens(kwargs: dict[str, Any]) -> int:
     cache = kwargs.get("past_key_values")
     return cache.get_seq_length() if isinstance(cache, Cache) else 0
-
-
-def _ends_with(input_ids: torch.LongTensor, token_ids: int | list[int] | None) -> bool:
-    token_ids = [token_ids] if isinstance(token_ids, int) else token_ids or []
-    return int(input_ids[0, -1]) in token_ids if input_ids.shape[1] else False
 
 
 def _is_windowed(config: PreTrainedConfig) -> bool:
@@ -179,7 +173,6 @@ def decode_with_trees(
     Raises:
         ValueError: if `past_key_values` holds more than a part of `input_ids`.
     """
-    settings = DraftSettings.of(assistant_model, target.device)
     as_dict = generation_config.return_dict_in_generate
     picker = TokenPicker(
         logits_processor,
@@ -196,6 +189,7 @@ def decode_with_trees(
         model_kwargs=model_kwargs,
         assistant_model=assistant_model,
     )
+    settings = drafter.settings
     cache: Cache = model_kwargs["past_key_values"]
 
     drafter.enter("verifying")

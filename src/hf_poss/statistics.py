@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .configuration_poss import specialist_index
+
 
 __all__ = ["CallStatistics", "GenerationStatistics", "collect_statistics", "current_call", "recorded_call"]
 
@@ -67,7 +69,7 @@ class CallStatistics:
         """Specialist (0-based) that serves a draft position, None for the target."""
         if author == TARGET:
             return None
-        return min((author - 1) // self.positions_per_specialist, self.num_specialists - 1)
+        return specialist_index(author, self.positions_per_specialist, self.num_specialists)
 
     def enter(self, part: str) -> None:
         """Books the time since the last call on the part that was entered then, with the device's queue emptied."""
