@@ -191,7 +191,7 @@ def train_drafter(poss: PosSModel, folder: Path, args: argparse.Namespace, steps
 
 
 def train_drafters(args: argparse.Namespace) -> None:
-    """An EAGLE layer first, then specialists that start as its copies (PosS section 5.1).
+    """An EAGLE layer first, then specialists that start as its copies.
 
     Both learn from the target's distribution alone, as EAGLE-3 does, without the paper's loss on features.
     """

@@ -43,7 +43,7 @@ class DraftSettings:
     def of(cls, poss: PosSModel, device: torch.device | str) -> "DraftSettings":
         """The knobs of `poss.generation_config`, with defaults where they are None.
 
-        On an accelerator the defaults are EAGLE-2's tree (section 5): verifying 60 nodes costs it about as much as
+        On an accelerator the defaults are EAGLE-2's tree: verifying 60 nodes costs it about as much as
         verifying one.
 
         Raises:

@@ -34,7 +34,7 @@ class PosSConfig(PreTrainedConfig):
         mlp_bias (`bool`, defaults to `False`): Bias in the MLP.
         fc_bias (`bool`, defaults to `True`): Bias in `fc`, which fuses an embedding with a feature; EAGLE has one.
         positions_per_specialist (`int`, defaults to 2): n, the draft positions that one specialist serves. PosS-n in
-            the paper; 2 is its best setting on most sets (section 5).
+            the paper.
         num_draft_positions (`int`, defaults to 6): K, the draft positions trained. Drafting may go deeper: the last
             specialist goes on.
         logit_scale (`float`, defaults to 1.0): Factor that the target puts on its logits (Cohere, Granite).

@@ -1,4 +1,4 @@
-"""Dynamic draft trees: grown level by level, reranked as a whole (EAGLE-2, section 4). Pure tensors."""
+"""Dynamic draft trees: grown level by level, reranked as a whole (EAGLE-2). Pure tensors."""
 
 from dataclasses import dataclass
 

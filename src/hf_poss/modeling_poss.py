@@ -198,7 +198,7 @@ def _shift_right(rows: torch.Tensor, count: int) -> torch.Tensor:
 def roll_out_attention(
     query: torch.Tensor, streams: Sequence[KeysValues], valid_keys: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention of draft position k + 1, with k = len(streams) - 1, over all rows at once (HASS section 3.2).
+    """Attention of draft position k + 1, with k = len(streams) - 1, over all rows at once (HASS).
 
     Row t sees the target's features of rows <= t - k (`streams[0]`), then for each earlier draft position j = 1..k one
     key: stream j at row t - k + j. With k = 2, row 7 sees target rows 0..5, stream 1 at row 6, stream 2 at row 7:
@@ -256,7 +256,7 @@ def position_losses(
     row_weights: torch.Tensor,
     top_k: int = 10,
 ) -> torch.Tensor:
-    """The three losses of one draft position, summed over the weighted rows (PosS section 4.2, HASS section 3.1).
+    """The three losses of one draft position, summed over the weighted rows (PosS, HASS).
 
     Args:
         predicted, target_features: [batch, rows, hidden].
@@ -376,7 +376,7 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
     def from_eagle(
         cls, path_or_repo: str, positions_per_specialist: int = 2, num_draft_positions: int = 6, **kwargs: Any
     ) -> "PosSModel":
-        """Specialists that are all copies of one EAGLE (or HASS) layer, the paper's start (section 5.1).
+        """Specialists that are all copies of one EAGLE (or HASS) layer, the paper's start.
 
         Args:
             path_or_repo: folder or Hub name of a checkpoint of one layer, published or saved by this class.
@@ -496,7 +496,7 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Predicted features of every draft position, over all rows of a sequence at once (PosS section 4.2).
+        """Predicted features of every draft position, over all rows of a sequence at once (PosS).
 
         Row t of position 1 reads the target's feature of t and token t + 1, and predicts the feature of t + 1. Row t
         of position k + 1 reads what position k predicted at row t - 1, detached; row 0 keeps its feature.
@@ -557,7 +557,7 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
     ) -> PosSOutput:
         """The recursive roll-out with its losses: sum over draft positions of
         `feature_loss_weight` * smooth L1 + `token_loss_weight` * soft cross-entropy + `topk_loss_weight` * its top-k
-        part (PosS section 4.2; weights 1.0, 0.1 and 0 or 1.0 in the public code).
+        part (PosS; weights 1.0, 0.1 and 0 or 1.0 in the public code).
 
         Args:
             input_ids: [batch, tokens].

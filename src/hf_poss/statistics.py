@@ -133,7 +133,7 @@ class GenerationStatistics:
 
     @property
     def pos_acc(self) -> list[float]:
-        """accepted / reached by draft position: the conditional acceptance rate (PosS section 3, pos-acc)."""
+        """accepted / reached by draft position: the conditional acceptance rate (PosS, pos-acc)."""
         accepted = self.accepted + [0] * len(self.reached)
         return [_ratio(hit, all_) for hit, all_ in zip(accepted, self.reached, strict=False)]
 

@@ -10,7 +10,7 @@ __all__ = ["PosSTrainingArguments"]
 
 @dataclass
 class PosSTrainingArguments(TrainingArguments):
-    """[`~transformers.TrainingArguments`] with the settings of the paper's training (PosS section 5.1; the script in
+    """[`~transformers.TrainingArguments`] with the settings of the paper's training (PosS; the script in
     its repository), which started from an EAGLE layer and ran on 4 devices with 2 samples each, in bfloat16.
 
     The learning rate is meant for that start; specialists that start from random weights need a higher one.
@@ -24,7 +24,7 @@ class PosSTrainingArguments(TrainingArguments):
         default=0.01,
         metadata={"help": "Share (below 1) or number of steps of linear warm-up (PosS, script: a hundredth)."},
     )
-    num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs (PosS section 5.1)."})
+    num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs (PosS)."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient norm to clip at; 0 for none."})
     max_grad_value: float | None = field(
         default=0.5, metadata={"help": "Clips every gradient entry at this value (PosS and EAGLE, scripts)."}
@@ -47,10 +47,10 @@ class PosSTrainingArguments(TrainingArguments):
     topk_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the top-k part of it (PosS: its script passes 0; HASS: 1)."}
     )
-    loss_top_k: int = field(default=10, metadata={"help": "k of the top-k loss (HASS section 3.1)."})
+    loss_top_k: int = field(default=10, metadata={"help": "k of the top-k loss (HASS)."})
     feature_noise: float = field(
         default=0.2,
-        metadata={"help": "Width of the uniform noise on input features, scaled by 512 / length (EAGLE section 4.2)."},
+        metadata={"help": "Width of the uniform noise on input features, scaled by 512 / length (EAGLE)."},
     )
 
     def __post_init__(self):

@@ -117,7 +117,7 @@ class PosSTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _add_noise(self, features: torch.Tensor) -> torch.Tensor:
-        """Uniform noise of width `feature_noise` * 512 / length around the features (EAGLE section 4.2)."""
+        """Uniform noise of width `feature_noise` * 512 / length around the features (EAGLE)."""
         if not self.args.feature_noise:
             return features
         return features + (torch.rand_like(features) - 0.5) * self.args.feature_noise * 512 / features.shape[1]
