@@ -3,14 +3,21 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The oldest release of transformers that works, in an environment of its own.
+FLOOR ?= transformers==5.15.0
+FLOOR_VENV ?= .venv-floor
 
-.PHONY: demo test quality
+.PHONY: demo test test-floor quality
 
 demo: $(VENV)/.installed
 	$(BIN)/hf-poss demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
+
+# What touches `generate`, against the oldest release; packaging and the examples are tested once.
+test-floor: $(FLOOR_VENV)/.installed
+	$(FLOOR_VENV)/bin/python -m pytest tests --ignore=tests/test_package.py --ignore=tests/examples
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -21,4 +28,10 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(FLOOR_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(FLOOR_VENV)
+	$(FLOOR_VENV)/bin/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(FLOOR_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]' '$(FLOOR)'
 	touch $@

@@ -1,158 +1,332 @@
-"""The drafter's keys and values, and a target's cache that keeps one path of a tree."""
+"""Keys and values of rows that grow at their own pace, and a target's cache that keeps one path of a tree a row."""
 
 import random
 
 import pytest
 import torch
-from conftest import make_target
-from transformers import DynamicCache, LlamaConfig, MistralConfig, StaticCache
+from conftest import make_target, small_target
+from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_poss.caches import SpecialistCache, holds_every_token, keep_path
+from hf_poss.caches import Columns, KeyValueBuffer, SpecialistCache, TargetCache
 
 
-def rows(count: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def states(
+    count: int, seed: int, rows: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(1, 2, count, 4, generator=generator).to(dtype) for _ in range(2))
+    return tuple(torch.randn(rows, 2, count, 4, generator=generator).to(dtype) for _ in range(2))
 
 
 def concatenated(*parts: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.cat(tensors, dim=-2) for tensors in zip(*parts, strict=True))
 
 
-def assert_holds(cache: SpecialistCache, expected: tuple[torch.Tensor, torch.Tensor]) -> None:
-    for states, expected_states in zip(cache.keys_values(), expected, strict=True):
-        assert states.dtype == expected_states.dtype
-        assert torch.equal(states, expected_states)
+def assert_equal(actual: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+# ---- Columns ----
+
+
+def moved(buffer: list[list[str]], moves: torch.LongTensor | None) -> list[list[str]]:
+    """What `moves` says, done to named columns, all at once."""
+    before = [list(row) for row in buffer]
+    for slot, source, destination in [] if moves is None else moves.T.tolist():
+        buffer[slot][destination] = before[slot][source]
+    return buffer
+
+
+def test_columns_of_rows_of_different_lengths():
+    """The example of the docstring: rows of 5 and 7, three nodes, row 0 keeps nodes 0 and 2."""
+    columns = Columns(2)
+    columns.lengths = [5, 7]
+    assert (columns.width, columns.ragged) == (7, True)
+    assert columns.in_use(torch.device("cpu")).long().tolist() == [[1, 1, 1, 1, 1, 0, 0], [1] * 7]
+    moves = columns.keep([[0, 2], [0, 1, 2]])
+    assert sorted(moves.T.tolist()) == [[0, 7, 5], [0, 9, 6]]
+    assert columns.lengths == [7, 10]
+
+
+def test_rows_of_one_length_that_keep_all_move_nothing():
+    columns = Columns(3)
+    assert columns.keep([range(4)] * 3) is None
+    assert columns.keep([[0, 1]] * 3) is None
+    assert (columns.lengths, columns.ragged) == ([6, 6, 6], False)
+
+
+def test_columns_follow_any_rounds():
+    """Random paths and rows that finish, against lists of names: a row's entries are its own, in order, in front."""
+    generator = random.Random(0)
+    for _ in range(20):
+        rows = generator.randrange(1, 5)
+        columns, buffer = Columns(rows), [[""] * 200 for _ in range(rows)]
+        expected = {row: [] for row in range(rows)}
+        for number in range(12):
+            nodes = generator.randrange(1, 7)
+            paths = []
+            for slot in range(columns.active):
+                row = columns.rows[slot]
+                names = [f"{row}/{number}/{node}" for node in range(nodes)]
+                buffer[slot][columns.width : columns.width + nodes] = names
+                paths.append(sorted({0, *generator.sample(range(nodes), generator.randrange(nodes + 1))}))
+                expected[row] += [names[node] for node in paths[-1]]
+            moved(buffer, columns.keep(paths))
+            if columns.active > 1 and generator.random() < 0.2:
+                slot, last = columns.retire(generator.randrange(columns.active))
+                buffer[slot], buffer[last] = buffer[last], buffer[slot]
+            for slot, row in enumerate(columns.rows):
+                assert buffer[slot][: columns.lengths[slot]] == expected[row]
+        assert sorted(columns.rows) == list(range(rows))
+
+
+def test_a_retired_row_takes_part_in_nothing():
+    columns = Columns(3)
+    columns.lengths = [4, 9, 6]
+    assert columns.retire(1) == (1, 2)
+    assert (columns.active, columns.rows, columns.lengths) == (2, [0, 2, 1], [4, 6, 9])
+    assert columns.width == 6
+    assert columns.in_use(torch.device("cpu")).shape == (2, 6)
+    columns.keep([[0], [0]])
+    assert columns.lengths == [5, 7, 9]
+
+
+# ---- The buffer ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [[1, 1, 1], [5, 250, 1, 1], [256, 1], [255, 1, 1], [300, 700, 5], [3, 2000]])
-def test_context_grows_past_its_buffer(sizes, dtype):
-    cache = SpecialistCache()
-    parts = []
+def test_a_buffer_grows_and_keeps_what_it_holds(sizes, dtype):
+    buffer, parts, end = KeyValueBuffer(), [], 0
     for seed, size in enumerate(sizes):
-        parts.append(rows(size, seed, dtype))
-        cache.append_context(*parts[-1])
-        assert_holds(cache, concatenated(*parts))
-        assert (cache.context_length, cache.num_nodes) == (sum(sizes[: seed + 1]), 0)
+        parts.append(states(size, seed, 2, dtype))
+        buffer.write(end, *parts[-1])
+        end += size
+        assert_equal(buffer.view(2, end), concatenated(*parts))
 
 
-def test_nodes_lie_behind_the_context_until_more_context_comes():
-    cache = SpecialistCache()
-    context, first, second, more = rows(5, 0), rows(3, 1), rows(4, 2), rows(2, 3)
-    cache.append_context(*context)
+def test_growth_is_geometric_and_ends_at_the_limit():
+    buffer, capacities = KeyValueBuffer(), set()
+    for column in range(3000):
+        buffer.write(column, *states(1, column))
+        capacities.add(buffer.states[0].shape[-2])
+    assert len(capacities) < 9
+    bounded = KeyValueBuffer(limit=300)
+    bounded.write(0, *states(290, 0))
+    assert bounded.states[0].shape[-2] == 300
+    bounded.write(290, *states(20, 1))  # what has to fit fits
+    assert bounded.states[0].shape[-2] >= 310
+
+
+def test_writing_and_reading_copy_nothing_else():
+    buffer = KeyValueBuffer()
+    buffer.write(0, *states(10, 0, 3))
+    places = [tensor.data_ptr() for tensor in buffer.states]
+    for column in range(10, 200, 5):
+        buffer.write(column, *states(5, column, 3))
+        buffer.move(torch.tensor([[1], [column + 3], [column]]))
+        assert [tensor.data_ptr() for tensor in buffer.view(3, column)] == places
+
+
+def test_a_pass_of_fewer_rows_leaves_the_others():
+    buffer = KeyValueBuffer()
+    first, more = states(4, 0, 3), states(2, 1, 1)
+    buffer.write(0, *first)
+    buffer.write(1, *more)
+    for held, before, new in zip(buffer.view(3, 4), first, more, strict=True):
+        assert torch.equal(held[1:], before[1:])
+        assert torch.equal(held[:1, :, 1:3], new)
+
+
+def test_entries_that_move_do_not_overwrite_one_another():
+    """Columns 3, 4 and 5 of a row go to 2, 3 and 4."""
+    buffer, before = KeyValueBuffer(), states(6, 0, 2)
+    buffer.write(0, *before)
+    buffer.move(torch.tensor([[1, 1, 1], [3, 4, 5], [2, 3, 4]]))
+    for held, tensor in zip(buffer.view(2, 6), before, strict=True):
+        assert torch.equal(held[1, :, 2:5], tensor[1, :, 3:6])
+        assert torch.equal(held[0], tensor[0])
+
+
+# ---- The specialists' cache ----
+
+
+def test_nodes_lie_behind_the_context_until_they_are_dropped():
+    columns = Columns(2)
+    cache = SpecialistCache(columns)
+    context, first, second, more = (states(size, size, 2) for size in (5, 3, 4, 2))
+    cache.append_nodes(*context)
+    cache.drop_nodes()
+    columns.keep([range(5)] * 2)
     cache.append_nodes(*first)
     cache.append_nodes(*second)
-    assert (cache.context_length, cache.num_nodes) == (5, 7)
-    assert_holds(cache, concatenated(context, first, second))
+    assert cache.num_nodes == 7
+    assert_equal(cache.keys_values(), concatenated(context, first, second))
 
-    cache.append_context(*more)
-    assert (cache.context_length, cache.num_nodes) == (7, 0)
-    assert_holds(cache, concatenated(context, more))
+    cache.drop_nodes()
+    assert_equal(cache.keys_values(), context)
+    cache.append_nodes(*more)
+    assert_equal(cache.keys_values(), concatenated(context, more))
 
 
 @pytest.mark.parametrize("context_length", [253, 254, 256])
 def test_nodes_that_outgrow_the_buffer_leave_the_context_whole(context_length):
-    cache = SpecialistCache()
-    context, first, second, more = rows(context_length, 0), rows(2, 1), rows(300, 2), rows(1, 3)
-    cache.append_context(*context)
-    cache.append_nodes(*first)
-    cache.append_nodes(*second)
-    assert_holds(cache, concatenated(context, first, second))
-    cache.append_context(*more)
-    assert_holds(cache, concatenated(context, more))
+    columns = Columns(1)
+    cache = SpecialistCache(columns)
+    parts = [states(context_length, 0)]
+    cache.append_nodes(*parts[0])
+    cache.drop_nodes()
+    columns.keep([range(context_length)])
+    for seed, size in ((1, 2), (2, 300)):
+        parts.append(states(size, seed))
+        cache.append_nodes(*parts[-1])
+        assert_equal(cache.keys_values(), concatenated(*parts))
 
 
-def test_dropped_nodes_are_overwritten():
-    cache = SpecialistCache()
-    context, first, second = rows(5, 0), rows(3, 1), rows(2, 2)
-    cache.append_context(*context)
-    cache.append_nodes(*first)
-    cache.num_nodes = 0
-    cache.append_nodes(*second)
-    assert_holds(cache, concatenated(context, second))
+# ---- A target's cache ----
+
+TREE_TOKENS = [8, 20, 21, 22, 23, 24, 25]
+#  0 -> 1, 2;  1 -> 3;  2 -> 4, 5;  4 -> 6
+TREE_PARENTS = [0, 0, 0, 1, 2, 2, 4]
+TREE_DEPTHS = [0, 1, 1, 2, 2, 2, 3]
 
 
-def test_reading_copies_nothing():
-    """A draft pass reads views; within its buffer the cache never moves."""
-    cache = SpecialistCache()
-    cache.append_context(*rows(10, 0))
-    places = [states.data_ptr() for states in cache.keys_values()]
-    for seed in range(1, 20):
-        cache.append_nodes(*rows(3, seed))
-        cache.append_context(*rows(2, seed))
-        assert [states.data_ptr() for states in cache.keys_values()] == places
+def tree_mask(contexts: list[int], width: int) -> torch.Tensor:
+    """Additive mask [rows, 1, nodes, width + nodes], node by node."""
+    nodes = len(TREE_PARENTS)
+    mask = torch.full((len(contexts), 1, nodes, width + nodes), torch.finfo(torch.float32).min)
+    for row, length in enumerate(contexts):
+        mask[row, ..., :length] = 0.0
+        for node in range(nodes):
+            ancestor = node
+            while ancestor:
+                mask[row, 0, node, width + ancestor] = 0.0
+                ancestor = TREE_PARENTS[ancestor]
+            mask[row, 0, node, width] = 0.0
+    return mask
 
 
-# ---- One path of a tree ----
-
-
-def random_cache(length: int, layers: int = 3) -> DynamicCache:
-    cache = DynamicCache()
-    for layer in range(layers):
-        cache.update(*rows(length, seed=layer), layer)
-    return cache
-
-
-def random_paths() -> list[list[int]]:
-    generator = random.Random(0)
-    return [sorted({0, *generator.sample(range(12), generator.randrange(0, 8))}) for _ in range(15)]
-
-
-@pytest.mark.parametrize("start", [0, 1, 9])
-@pytest.mark.parametrize("path", [[0], [0, 1, 2], list(range(12)), [0, 2, 6], [0, 11], *random_paths()])
-def test_keep_path_keeps_the_context_and_the_path(start, path):
-    cache = random_cache(start + 12)
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    kept = torch.tensor([*range(start), *(start + node for node in path)])
-
-    keep_path(cache, start, path)
-
-    assert cache.get_seq_length() == start + len(path)
-    for layer, (keys, values) in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.keys, keys.index_select(-2, kept))
-        assert torch.equal(layer.values, values.index_select(-2, kept))
-
-
-@pytest.mark.parametrize("path", [[0], [0, 1], [0, 2, 5], [0, 2, 4, 6]])
+@pytest.mark.parametrize("paths", [[[0], [0, 1]], [[0, 2, 5], [0]], [[0, 2, 4, 6], [0, 1, 3]], [[0, 1], [0, 2]]])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_decoding_goes_on_as_after_a_prefill_of_the_path(family, path):
-    """A tree is verified, one path kept, and the next tokens have the logits of a pass over the whole text."""
+@torch.no_grad()
+def test_decoding_goes_on_as_after_a_prefill_of_the_paths(family, paths):
+    """Trees of two rows are verified, a path of each kept, twice; the next logits are those of the texts alone."""
     target = make_target(family, scale=2.0)
-    prompt = torch.tensor([[5, 9, 11, 30, 4]])
-    #  0 -> 1, 2;  1 -> 3;  2 -> 4, 5;  4 -> 6
-    tokens = [8, 20, 21, 22, 23, 24, 25]
-    parents = [0, 0, 0, 1, 2, 2, 4]
-    depths = [0, 1, 1, 2, 2, 2, 3]
-    hidden = torch.finfo(torch.float32).min
-    mask = torch.full((1, 1, 7, 12), hidden)
-    mask[..., :5] = 0.0
-    for node in range(7):
-        ancestor = node
-        while True:
-            mask[0, 0, node, 5 + ancestor] = 0.0
-            if ancestor == 0:
-                break
-            ancestor = parents[ancestor]
+    prompts = torch.tensor([[5, 9, 11, 30, 4], [6, 7, 40, 3, 2]])
+    texts = prompts.tolist()
+    cache = TargetCache(DynamicCache(config=target.config), rows=2)
+    with cache.lend():
+        target(prompts, past_key_values=cache.cache)
+        cache.commit(5)
+        for kept in (paths, paths[::-1]):
+            lengths, width = cache.columns.lengths, cache.columns.width
+            assert lengths == [len(text) for text in texts]
+            positions = torch.tensor(lengths)[:, None] + torch.tensor(TREE_DEPTHS)
+            logits = target(
+                torch.tensor([TREE_TOKENS] * 2),
+                attention_mask=tree_mask(lengths, width),
+                position_ids=positions,
+                past_key_values=cache.cache,
+            ).logits
+            cache.keep_paths(kept)
+            for row, path in enumerate(kept):
+                texts[row] += [TREE_TOKENS[node] for node in path]
+                alone = target(torch.tensor([texts[row]])).logits[0, -len(path) :]
+                torch.testing.assert_close(logits[row, path], alone, rtol=1e-4, atol=1e-4)
+    held = cache.cache
+    assert held.get_seq_length() == max(map(len, texts))
+    for row, text in enumerate(texts):
+        alone = target(torch.tensor([text]), use_cache=True).past_key_values
+        for layer, other in zip(held.layers, alone.layers, strict=True):
+            assert type(layer) is DynamicLayer
+            for mine, theirs in ((layer.keys, other.keys), (layer.values, other.values)):
+                torch.testing.assert_close(mine[row : row + 1, :, : len(text)], theirs, rtol=1e-4, atol=1e-4)
+                assert not mine[row, :, len(text) :].any()
 
+
+@torch.no_grad()
+def run(target, cache: TargetCache, tokens: torch.LongTensor) -> None:
+    """Feeds rows [active, tokens] that have no padding and are of one length."""
+    target(tokens, past_key_values=cache.cache)
+    cache.commit(tokens.shape[1])
+
+
+def test_rows_come_back_in_the_batchs_order():
+    target = small_target()
+    tokens = torch.tensor([[3, 4, 5], [6, 7, 8], [9, 10, 11]])
+    cache = TargetCache(DynamicCache(), rows=3)
+    with cache.lend():
+        run(target, cache, tokens)
+        cache.retire(0)
+        assert cache.columns.rows == [2, 1, 0]
+        run(target, cache, torch.tensor([[4], [5]]))
+        cache.swap(0, 1)
+        run(target, cache, torch.tensor([[6], [7]]))
+    texts = [[3, 4, 5], [6, 7, 8, 5, 6], [9, 10, 11, 4, 7]]
+    for row, text in enumerate(texts):
+        with torch.no_grad():
+            alone = target(torch.tensor([text])).past_key_values.layers
+        for layer, other in zip(cache.cache.layers, alone, strict=True):
+            torch.testing.assert_close(layer.keys[row, :, : len(text)], other.keys[0], rtol=1e-4, atol=1e-4)
+            assert not layer.values[row, :, len(text) :].any()
+
+
+@pytest.mark.parametrize("filled", [0, 3, 20])
+def test_a_window_layer_comes_back_as_plain_decoding_leaves_it(filled):
+    """With the newest entries of its window, after any number before and after."""
+    target = small_target("mistral")
+    tokens = torch.arange(3, 12).repeat(4)[None, : filled + 15]
+    lent, plain = DynamicCache(config=target.config), DynamicCache(config=target.config)
     with torch.no_grad():
-        cache = target(prompt, use_cache=True).past_key_values
-        target(
-            torch.tensor([tokens]), attention_mask=mask, position_ids=torch.tensor([depths]) + 5, past_key_values=cache
-        )
-        keep_path(cache, 5, path)
-        text = torch.cat((prompt, torch.tensor([[tokens[node] for node in path]])), dim=1)
-        for token in (40, 41, 42):
-            text = torch.cat((text, torch.tensor([[token]])), dim=1)
-            logits = target(text[:, -1:], past_key_values=cache).logits[:, -1]
-            torch.testing.assert_close(logits, target(text).logits[:, -1], rtol=1e-4, atol=1e-4)
-    assert cache.get_seq_length() == text.shape[1]
+        if filled:
+            target(tokens[:, :filled], past_key_values=lent)
+        for part in filter(torch.Tensor.numel, tokens.split([filled, 15], dim=1)):
+            target(part, past_key_values=plain)
+    cache = TargetCache(lent, rows=1)
+    assert cache.windows == [8, 8]
+    with cache.lend():
+        assert lent.get_seq_length() == filled
+        for token in tokens[:, filled:].unbind(1):
+            run(target, cache, token[:, None])
+    assert lent.get_seq_length() == plain.get_seq_length() == filled + 15
+    for layer, other in zip(lent.layers, plain.layers, strict=True):
+        assert type(layer) is DynamicSlidingWindowLayer
+        assert layer.get_mask_sizes(1) == other.get_mask_sizes(1)
+        torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
 
 
-def test_which_caches_hold_every_token():
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    full, windowed = LlamaConfig(**sizes), MistralConfig(sliding_window=8, **sizes)
-    assert holds_every_token(DynamicCache(config=full))
-    assert holds_every_token(random_cache(3))
-    assert not holds_every_token(DynamicCache(config=windowed))
-    assert not holds_every_token(StaticCache(config=full, max_cache_len=16))
+@pytest.mark.parametrize("filled", [0, 4])
+def test_a_call_that_fails_leaves_the_cache_as_it_was(filled):
+    target = small_target()
+    lent = DynamicCache(config=target.config)
+    with torch.no_grad():
+        if filled:
+            target(torch.arange(3, 3 + filled)[None], past_key_values=lent)
+    before = [(layer, layer.keys.clone()) for layer in lent.layers if filled]
+    layers = list(lent.layers)
+    cache = TargetCache(lent, rows=1)
+    with pytest.raises(RuntimeError, match="out of luck"), cache.lend():
+        run(target, cache, torch.tensor([[5, 6]]))
+        raise RuntimeError("out of luck")
+    assert lent.layers == layers and lent.get_seq_length() == filled
+    for layer, keys in before:
+        assert torch.equal(layer.keys, keys)
+    with torch.no_grad():
+        target(torch.tensor([[7]]), past_key_values=lent)
+    assert lent.get_seq_length() == filled + 1
+
+
+def test_a_cache_of_another_batch_is_refused():
+    cache = DynamicCache()
+    cache.update(*states(3, 0, rows=2), 0)
+    with pytest.raises(ValueError, match="2 row.*batch has 3.*batch_repeat_interleave"):
+        TargetCache(cache, rows=3)
+
+
+def test_a_static_cache_is_refused():
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="StaticLayer.*DynamicCache"):
+        TargetCache(StaticCache(config=config, max_cache_len=16), rows=1)

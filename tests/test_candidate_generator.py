@@ -6,12 +6,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_poss, make_target
+from conftest import (
+    SHAPES,
+    drafter_for,
+    left_padded,
+    make_poss,
+    make_prompt,
+    make_target,
+    small_target,
+    with_slips,
+)
 from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import DynamicCache, GenerationConfig
 
 from hf_poss import PosSCandidateGenerator, PosSModel
-from hf_poss.candidate_generator import DraftSettings
+from hf_poss.candidate_generator import DraftSettings, prompt_entries
 from hf_poss.draft_tree import DraftTreeBuilder
 from hf_poss.modeling_poss import PosSSpecialist
 
@@ -35,13 +44,18 @@ def features_of(target, input_ids) -> torch.Tensor:
     return target.base_model(input_ids).last_hidden_state
 
 
+@torch.no_grad()
+def drafter_of(poss, target, input_ids, **kwargs) -> PosSCandidateGenerator:
+    """A drafter whose context is all tokens but the last, the root."""
+    drafter = make_drafter(poss, target, input_ids[:, :-1], **kwargs)
+    drafter.extend_context(features_of(target, input_ids[:, :-1]), input_ids[:, 1:])
+    return drafter
+
+
 def drafter_after_prompt(poss, target, length, **kwargs) -> tuple[PosSCandidateGenerator, torch.LongTensor]:
     """A drafter whose context is `length` tokens, and all tokens, the root behind them."""
     input_ids = random_tokens(length + 1)
-    drafter = make_drafter(poss, target, input_ids[:, :-1], **kwargs)
-    with torch.no_grad():
-        drafter.extend_context(features_of(target, input_ids[:, :-1]), input_ids)
-    return drafter, input_ids
+    return drafter_of(poss, target, input_ids, **kwargs), input_ids
 
 
 # ---- Routing ----
@@ -118,7 +132,7 @@ def test_context_costs_fc_keys_and_values_only(llama, poss, length):
         drafter.draft(input_ids[:, -1], DraftSettings(4, 3, 10))
         counter.take()
         accepted = torch.cat((input_ids, random_tokens(3, seed=1)), dim=1)
-        drafter.extend_context(features_of(llama, accepted[:, :-1])[:, -3:], accepted)
+        drafter.extend_context(features_of(llama, accepted[:, :-1])[:, -3:], accepted[:, -3:])
     assert counter.take() == context_rows(3)
 
 
@@ -153,13 +167,15 @@ def test_drafting_costs_its_frontiers_whatever_the_context(llama, poss, length, 
 # ---- Caches ----
 
 
-def assert_same_caches(drafter, fresh):
-    assert drafter.next_position == fresh.next_position
-    torch.testing.assert_close(drafter.query_row, fresh.query_row, rtol=1e-4, atol=1e-4)
+def assert_same_caches(drafter, fresh, slot: int = 0):
+    """A slot of a drafter holds what a fresh drafter of one row holds."""
+    length = fresh.columns.lengths[0]
+    assert drafter.columns.lengths[slot] == length
+    torch.testing.assert_close(drafter.query[slot : slot + 1], fresh.query, rtol=1e-4, atol=1e-4)
     for cache, fresh_cache in zip(drafter.caches, fresh.caches, strict=True):
-        assert (cache.context_length, cache.num_nodes) == (fresh_cache.context_length, 0)
+        assert cache.num_nodes == fresh_cache.num_nodes == 0
         for states, fresh_states in zip(cache.keys_values(), fresh_cache.keys_values(), strict=True):
-            torch.testing.assert_close(states, fresh_states, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(states[slot : slot + 1, :, :length], fresh_states, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -174,62 +190,102 @@ def test_caches_after_rounds_are_those_of_a_fresh_prefill(llama, poss, length, t
             assert torch.equal(first.tokens, again.tokens), "a draft left nodes behind"
             input_ids = torch.cat((input_ids, random_tokens(accepted, seed=accepted)), dim=1)
             features = features_of(llama, input_ids[:, :-1])
-            drafter.extend_context(features[:, -accepted:], input_ids)
+            drafter.extend_context(features[:, -accepted:], input_ids[:, -accepted:])
 
-            fresh = make_drafter(poss, llama, input_ids[:, :-1])
-            fresh.extend_context(features, input_ids)
+            fresh = drafter_of(poss, llama, input_ids)
             assert_same_caches(drafter, fresh)
             assert torch.equal(
                 drafter.draft(input_ids[:, -1], settings).tokens, fresh.draft(input_ids[:, -1], settings).tokens
             )
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("top_k", [1, 4])
-def test_caches_inside_generate_are_those_of_a_fresh_prefill(top_k, padding, monkeypatch):
-    """After every round of real calls, whatever was accepted."""
-    config = LlamaConfig(
-        vocab_size=12,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    set_seed(4)
-    target = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in target.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(10.0)
-    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=4)
-    poss.generation_config.draft_top_k = top_k
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_rows_of_any_length_draft_what_they_draft_alone(llama, poss, top_k):
+    """Rows that grow by different numbers, and one that finishes on the way."""
+    poss = peaked(poss)
+    settings = DraftSettings(4, top_k, 12)
+    texts = [random_tokens(length, seed=length) for length in (7, 2, 12, 5)]
+    drafter = make_drafter(poss, llama, torch.zeros(4, 12, dtype=torch.long))
+    counts, rows = [text.shape[1] - 1 for text in texts], [0, 1, 2, 3]
+    for number, growth in enumerate(([1, 3, 5, 2], [4, 1, 1, 2], [2, 2, 2, 2])):
+        most = max(counts)
+        features = torch.zeros(len(rows), most, llama.config.hidden_size)
+        following = torch.zeros(len(rows), most, dtype=torch.long)
+        for slot, row in enumerate(rows):
+            features[slot, : counts[slot]] = features_of(llama, texts[row][:, :-1])[0, -counts[slot] :]
+            following[slot, : counts[slot]] = texts[row][0, -counts[slot] :]
+        with torch.no_grad():
+            drafter.extend_context(features, following, counts if min(counts) < most else None)
+            tree = drafter.draft(torch.cat([texts[row][:, -1] for row in rows]), settings)
+        for slot, row in enumerate(rows):
+            alone = drafter_of(poss, llama, texts[row])
+            assert_same_caches(drafter, alone, slot)
+            with torch.no_grad():
+                expected = alone.draft(texts[row][:, -1], settings)
+            for mine, theirs in zip(
+                (tree.tokens, tree.parents, tree.depths),
+                (expected.tokens, expected.parents, expected.depths),
+                strict=True,
+            ):
+                assert mine[slot].tolist() == theirs[0].tolist()
+        if number == 0:
+            drafter.retire(1)
+            rows = drafter.columns.rows[:3]
+            assert sorted(rows) == [0, 2, 3]
+        counts = [growth[row] for row in rows]
+        for row in rows:
+            texts[row] = torch.cat((texts[row], random_tokens(growth[row], seed=50 * number + row)), dim=1)
+
+
+@pytest.mark.parametrize("before", ["nothing", "plain_turn", "poss_turn"])
+@pytest.mark.parametrize("lengths", [[9], [9, 4, 12]], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_caches_inside_generate_are_those_of_a_fresh_prefill(shape, lengths, before, scripted, monkeypatch):
+    """After every round of real calls, whatever was accepted, in each row; in a second turn too, that goes on
+    from the cache of one with or without specialists."""
+    target = small_target()
+    poss = drafter_for(target, shape)
+    inputs = left_padded([make_prompt(length, seed=length) for length in lengths])
+
+    def write(number, inputs, **kwargs):
+        text = target.generate(**inputs, max_new_tokens=number, do_sample=False, **kwargs)
+        mask = inputs["attention_mask"]
+        return {"input_ids": text, "attention_mask": torch.cat((mask, mask.new_ones(len(lengths), number)), dim=1)}
+
+    def said(inputs):
+        return {name: torch.cat((value, value[:, -3:]), dim=1) for name, value in inputs.items()}
+
+    def texts_of(inputs):
+        return [
+            row[row_mask.argmax() :]
+            for row, row_mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+
+    plain = write(30, inputs if before == "nothing" else said(write(6, inputs)))
+    scripted(*(with_slips(text.tolist(), 4 + 3 * row) for row, text in enumerate(texts_of(plain))))
+
+    kwargs = {"past_key_values": DynamicCache(config=target.config)}
+    if before != "nothing":
+        inputs = said(write(6, inputs, assistant_model=poss if before == "poss_turn" else None, **kwargs))
     snapshots = []
     extend_context = PosSCandidateGenerator.extend_context
 
-    def spy(self, features, input_ids):
-        extend_context(self, features, input_ids)
-        snapshots.append((copy.deepcopy(self.caches), self.query_row, self.next_position, input_ids))
+    def spy(self, *args):
+        extend_context(self, *args)
+        snapshots.append(copy.deepcopy((self.caches, self.columns, self.query)))
 
-    monkeypatch.setattr(PosSCandidateGenerator, "extend_context", spy)
-    prompt = random_tokens(9, vocab=12)
-    zeros = torch.zeros(1, padding, dtype=torch.long)
-    padded = torch.cat((zeros, prompt), dim=1)
-    mask = torch.cat((zeros, torch.ones_like(prompt)), dim=1)
-    target.generate(padded, attention_mask=mask, assistant_model=poss, max_new_tokens=30, do_sample=False)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(PosSCandidateGenerator, "extend_context", spy)
+        texts = texts_of(write(30, inputs, assistant_model=poss, **kwargs))
 
-    lengths = [input_ids.shape[1] for _, _, _, input_ids in snapshots]
-    assert len({after - before for before, after in itertools.pairwise(lengths)}) > 1, "all rounds were alike"
-    for caches, query_row, next_position, input_ids in snapshots:
-        tokens = input_ids[:, padding:]
-        fresh = make_drafter(poss, target, tokens[:, :-1])
-        with torch.no_grad():
-            fresh.extend_context(features_of(target, tokens[:, :-1]), tokens)
-        seen = SimpleNamespace(caches=caches, query_row=query_row, next_position=next_position)
-        assert_same_caches(seen, fresh)
+    places = {row: [] for row in range(len(lengths))}
+    for caches, columns, query in snapshots:
+        seen = SimpleNamespace(caches=caches, columns=columns, query=query)
+        for slot, row in enumerate(columns.rows[: columns.active]):
+            places[row].append(columns.lengths[slot])
+            assert_same_caches(seen, drafter_of(poss, target, texts[row][None, : places[row][-1] + 1]), slot)
+    for of_row in places.values():
+        assert len({after - before for before, after in itertools.pairwise(of_row)}) > 1, "all rounds were alike"
 
 
 # ---- Drafting and training compute the same ----
@@ -340,6 +396,25 @@ def test_deeper_than_trained_the_last_specialist_goes_on(llama, monkeypatch):
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
 
 
+# ---- Tokens that count ----
+
+
+def test_entries_of_prompts():
+    """Padding is left out, the last token never."""
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 1, 0]])
+    features = torch.zeros(3, 4, 2)
+    assert [list(row) for row in prompt_entries(mask, features)] == [[2, 3], [0, 1, 2, 3], [0, 2, 3]]
+    assert [list(row) for row in prompt_entries(mask, features[:, :2])] == [[0, 1], [0, 1], [0, 1]]
+    assert [list(row) for row in prompt_entries(None, features)] == [[0, 1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+def test_the_mask_of_a_prompt_is_not_changed(dtype):
+    mask = torch.tensor([[1, 1, 0]], dtype=dtype)
+    prompt_entries(mask, torch.zeros(1, 3, 2))
+    assert mask.tolist() == [[1, 1, 0]]
+
+
 # ---- Candidates for transformers' own loop ----
 
 
@@ -395,10 +470,7 @@ def test_rejected_tokens_do_not_enter_the_context(llama, poss):
         is_first_iteration=False,
         n_last_matches=torch.tensor(2),
     )
-    fresh = make_drafter(poss, llama, accepted[:, :-1])
-    with torch.no_grad():
-        fresh.extend_context(features_of(llama, accepted[:, :-1]), accepted)
-    assert_same_caches(drafter, fresh)
+    assert_same_caches(drafter, drafter_of(poss, llama, accepted))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
@@ -407,7 +479,7 @@ def test_features_that_are_not_finite_are_refused(llama, poss, bad):
     features = features_of(llama, tokens[:, :5])
     features[0, 2, 7] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
-        make_drafter(poss, llama, tokens[:, :5]).extend_context(features, tokens)
+        make_drafter(poss, llama, tokens[:, :5]).extend_context(features, tokens[:, 1:])
 
 
 def test_features_in_the_targets_dtype_are_taken(llama, poss):
@@ -418,9 +490,9 @@ def test_features_in_the_targets_dtype_are_taken(llama, poss):
     for drafter_dtype, feature_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
         drafter = make_drafter(copy.deepcopy(poss).to(drafter_dtype), llama, tokens[:, :5])
         with torch.no_grad():
-            drafter.extend_context(features.to(feature_dtype), tokens)
+            drafter.extend_context(features.to(feature_dtype), tokens[:, 1:])
             trees.append(drafter.draft(tokens[:, -1], DraftSettings(3, 3, 10)))
-        assert drafter.query_row.dtype == drafter_dtype
+        assert drafter.query.dtype == drafter_dtype
     assert [tree.tokens.shape for tree in trees] == [(1, 10), (1, 10)]
 
 

@@ -5,51 +5,25 @@ import time
 
 import pytest
 import torch
-from conftest import make_poss
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from conftest import PAD, SHAPES, SMALL_VOCAB, drafter_for, left_padded, small_target, with_slips
+from transformers import PreTrainedModel
 
 from hf_poss import PosSCandidateGenerator, collect_statistics
 from hf_poss.draft_tree import DraftTree
-from hf_poss.statistics import CallStatistics, GenerationStatistics, current_call
+from hf_poss.statistics import CallRecord, CallStatistics, GenerationStatistics
 
 
-VOCAB = 12
-SHAPES = {"chain": 1, "tree": 4}
 PROMPT = torch.tensor([[7, 8, 3, 8, 10, 4, 5]])
 
 
 @pytest.fixture(scope="module")
-def target() -> LlamaForCausalLM:
-    """Few tokens, so that drafts of random specialists are accepted now and then; no end of sequence."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    set_seed(4)
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(10.0)
-    return model
+def target() -> PreTrainedModel:
+    return small_target()
 
 
-@pytest.fixture(params=list(SHAPES))
+@pytest.fixture(params=SHAPES)
 def shape(request) -> str:
     return request.param
-
-
-def drafter_for(target, shape, depth=4, n=2, num_positions=4):
-    poss = make_poss(target, positions_per_specialist=n, num_draft_positions=num_positions)
-    knobs = poss.generation_config
-    knobs.draft_top_k, knobs.draft_total_tokens, knobs.num_assistant_tokens = SHAPES[shape], 20, depth
-    return poss
 
 
 def write(target, poss, number=24, prompt=PROMPT, **kwargs) -> list[int]:
@@ -63,13 +37,13 @@ def draft_known_text(monkeypatch, text: list[int], wrong_position: int | None = 
     every level."""
 
     def draft(self, root_tokens, settings):
-        committed = self.next_position + 1
+        committed = self.columns.lengths[0] + 1
         tokens, parents, depths, parent = [int(root_tokens)], [0], [0], 0
         for position in range(1, settings.depth + 1):
             right = text[committed + position - 1]
-            level = [(right + 1) % VOCAB if position == wrong_position else right]
+            level = [(right + 1) % SMALL_VOCAB if position == wrong_position else right]
             if not settings.is_chain:
-                level.insert(0, (right + 2) % VOCAB)
+                level.insert(0, (right + 2) % SMALL_VOCAB)
             tokens, parents = tokens + level, parents + [parent] * len(level)
             depths, parent = depths + [position] * len(level), len(tokens) - 1
         return DraftTree(*(torch.tensor([row]) for row in (tokens, parents, depths)), max_depth=settings.depth)
@@ -149,7 +123,7 @@ def test_counts_are_those_of_the_drafts_and_the_text(target, shape, depth, n, nu
         return trees[-1]
 
     monkeypatch.setattr(PosSCandidateGenerator, "draft", spy)
-    poss = drafter_for(target, shape, depth, n, num_positions)
+    poss = drafter_for(target, shape, depth=depth, positions_per_specialist=n, num_draft_positions=num_positions)
     with collect_statistics() as stats:
         new = write(target, poss, 40)
 
@@ -214,14 +188,22 @@ def test_micro_and_macro_averages(target, shape, known_text, monkeypatch):
     assert stats.pos_acc[:2] == [1.0, pytest.approx(2 / 7)]
 
 
-def test_pos_acc_is_conditional_and_sums_over_calls():
-    """Ratios are taken of sums: 1 of 1 and 0 of 3 are 1 of 4, not 1 of 2."""
-    stats = GenerationStatistics()
-    for rounds in ([([1, 1], 2, 3)], [([1, 1], 0, 1), ([1, 1], 0, 1), ([1, 1], 0, 1)]):
-        call = CallStatistics(1, 2, torch.device("cpu"))
-        for drafted, accepted, emitted in rounds:
-            call.add_round(drafted, accepted, emitted)
-        stats.calls.append(call)
+def record_of(*rows: list[tuple[list[int], int, int]]) -> CallRecord:
+    """A call whose rows had these rounds: drafted by position, accepted, emitted."""
+    made = [CallStatistics(1, 2) for _ in rows]
+    for row, rounds in zip(made, rows, strict=True):
+        row.add_prompt_pass()
+        for counts in rounds:
+            row.add_round(*counts)
+    return CallRecord(made, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_pos_acc_is_conditional_and_sums_over_texts(together):
+    """Ratios are taken of sums, of rows as of calls: 1 of 1 and 0 of 3 are 1 of 4, not 1 of 2."""
+    texts = [([1, 1], 2, 3)], [([1, 1], 0, 1)] * 3
+    stats = GenerationStatistics([record_of(*texts)] if together else [record_of(text) for text in texts])
+    assert len(stats.calls) == 2
     assert stats.reached == [4, 1]
     assert stats.accepted == [1, 1]
     assert stats.pos_acc == [0.25, 1.0]
@@ -229,11 +211,51 @@ def test_pos_acc_is_conditional_and_sums_over_calls():
     assert stats.tau_macro == (3 + 1) / 2
 
 
+def test_rows_of_a_batch_count_as_alone(target, shape):
+    """Each row its rounds, tokens and authors; a finished one no more."""
+    poss = drafter_for(target, shape)
+    prompts = [PROMPT, PROMPT[:, 2:], PROMPT.flip(1)]
+    kwargs = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "eos_token_id": [1],
+        "pad_token_id": PAD,
+        "assistant_model": poss,
+    }
+    with collect_statistics() as alone:
+        texts = [target.generate(**left_padded([prompt]), **kwargs)[0, prompt.shape[1] :] for prompt in prompts]
+    with collect_statistics() as stats:
+        target.generate(**left_padded(prompts), **kwargs)
+    assert len(stats.records) == 1 and len(alone.records) == 3
+    assert len({len(text) for text in texts}) > 1, "rows were to end at different times"
+    for row, single, text in zip(stats.calls, alone.calls, texts, strict=True):
+        assert (row.rounds, row.tokens) == (single.rounds, single.tokens)
+        assert len(row.authors) == len(text)
+    assert stats.rounds == alone.rounds and stats.tau_macro == pytest.approx(alone.tau_macro)
+
+
+def test_tokens_that_are_taken_back_have_no_author(target, shape, scripted):
+    """A row ran ahead when a criterion over the batch ended it; the other's drafts are all wrong, so it came late."""
+    prompts = left_padded([PROMPT, PROMPT.flip(1)])
+    texts = target.generate(**prompts, max_new_tokens=20, do_sample=False).tolist()
+    scripted(texts[0], with_slips(texts[1], 1))
+    with collect_statistics() as stats:
+        written = target.generate(
+            **prompts,
+            assistant_model=drafter_for(target, shape, depth=4),
+            max_new_tokens=20,
+            do_sample=False,
+            stopping_criteria=[lambda tokens, scores: tokens.shape[1] == 10],
+        )
+    assert written.tolist() == [text[:10] for text in texts]
+    assert [call.authors for call in stats.calls] == [[0, 1, 2], [0, 0, 0]]
+
+
 def test_drafters_of_different_make_in_one_block(target, known_text, monkeypatch):
     draft_known_text(monkeypatch, known_text)
     with collect_statistics() as stats:
-        write(target, drafter_for(target, "chain", depth=2, n=2, num_positions=2), 7)
-        write(target, drafter_for(target, "chain", depth=3, n=1, num_positions=3), 9)
+        write(target, drafter_for(target, "chain", positions_per_specialist=2, num_draft_positions=2), 7)
+        write(target, drafter_for(target, "chain", positions_per_specialist=1, num_draft_positions=3), 9)
     assert stats.accepted == [4, 4, 2]
     assert stats.accepted_by_specialist == [4 + 2, 2, 2]
 
@@ -274,15 +296,14 @@ def test_nothing_is_recorded_outside(target, shape, monkeypatch):
     poss = drafter_for(target, shape)
     with collect_statistics() as stats:
         write(target, poss, 5)
-    before = (stats.rounds, stats.tokens, len(stats.calls))
+    before = (stats.rounds, stats.tokens, len(stats.records))
 
     def forbidden(*args, **kwargs):
         raise AssertionError("a record was made outside of any block")
 
     monkeypatch.setattr("hf_poss.statistics.CallStatistics", forbidden)
     write(target, poss, 5)
-    assert (stats.rounds, stats.tokens, len(stats.calls)) == before
-    assert current_call() is None
+    assert (stats.rounds, stats.tokens, len(stats.records)) == before
 
 
 def test_other_ways_to_generate_are_not_counted(target):
@@ -324,10 +345,8 @@ def test_a_call_that_fails_leaves_no_trace_on_the_next(target, shape, monkeypatc
             patch.setattr(PosSCandidateGenerator, "draft", fail)
             with pytest.raises(RuntimeError, match="out of luck"):
                 write(target, poss, 9)
-        assert current_call() is None
         write(target, poss, 9)
     assert stats.calls[-1].authors == alone.calls[0].authors
-    assert current_call() is None
 
 
 def test_a_block_that_fails_is_closed(target, shape):

@@ -1,6 +1,7 @@
 """Position specialists (PosS, arXiv 2506.03566) for Hugging Face transformers.
 
-Importing the package registers its Auto classes and lets `generate` take a [`PosSModel`] as `assistant_model`.
+Importing the package registers its Auto classes and lets `generate` and pipelines take a [`PosSModel`]
+as `assistant_model`.
 """
 
 from importlib import import_module
@@ -8,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel
 
+from . import generation, pipelines
 from .candidate_generator import PosSCandidateGenerator
 from .configuration_poss import PosSConfig
-from .generation import disable, enable
 from .modeling_poss import PosSModel, PosSPreTrainedModel
 from .statistics import collect_statistics
 
@@ -34,6 +35,21 @@ __all__ = [
 
 # Training pulls in accelerate, so it is imported when it is asked for.
 _LAZY = {"PosSTrainer": ".training", "PosSTrainingArguments": ".training"}
+
+
+def enable() -> None:
+    """Makes `target.generate(..., assistant_model=poss)` and pipelines run position specialists.
+
+    `import hf_poss` calls it; calling it again changes nothing.
+    """
+    generation.enable()
+    pipelines.enable()
+
+
+def disable() -> None:
+    """Puts transformers' own methods back."""
+    generation.disable()
+    pipelines.disable()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,86 +1,298 @@
-"""Keys and values: of the specialists while they draft, and of a target whose cache holds a tree."""
+"""Keys and values of rows that grow at their own pace: the specialists', and a target's while it verifies drafts."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 
-__all__ = ["SpecialistCache", "holds_every_token", "keep_path"]
+__all__ = ["Columns", "KeyValueBuffer", "SpecialistCache", "TargetCache"]
 
 _FIRST_CAPACITY = 256
+
+
+class Columns:
+    """Which columns of a buffer belong to which row.
+
+    Columns 0..width-1 hold context, of which the row in slot i has the first `lengths[i]`. What a pass adds, its
+    nodes, lies behind the width, at the same columns in every row; those that are kept then move to the end of their
+    row.
+
+    Example: rows of 5 and 7 entries and a pass of 3 nodes. The width is 7 and the nodes are columns 7, 8 and 9 in both
+    rows. If row 0 keeps its nodes 0 and 2, columns 7 and 9 move to 5 and 6.
+
+    Rows that are finished go behind the others: the first `active` slots take part in passes.
+
+    Args:
+        rows: number of rows.
+    """
+
+    def __init__(self, rows: int):
+        self.lengths = [0] * rows
+        self.rows = list(range(rows))  # the row in each slot
+        self.active = rows
+
+    @property
+    def width(self) -> int:
+        """Columns that context takes in the longest active row."""
+        return max(self.lengths[: self.active], default=0)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether active rows differ in length."""
+        return len(set(self.lengths[: self.active])) > 1
+
+    def in_use(self, device: torch.device) -> torch.BoolTensor:
+        """bool [active, width]: context columns that hold an entry of their row."""
+        lengths = torch.tensor(self.lengths[: self.active], device=device)
+        return torch.arange(self.width, device=device) < lengths[:, None]
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> torch.LongTensor | None:
+        """Makes nodes context.
+
+        Args:
+            paths: for each active slot the nodes that it keeps, ascending.
+
+        Returns:
+            int64 [3, moves]: slot, column and new column of every entry that has to move; None if there are none.
+        """
+        width, moves = self.width, []
+        for slot, path in enumerate(paths):
+            end = self.lengths[slot]
+            moves += [(slot, width + node, end + i) for i, node in enumerate(path) if width + node != end + i]
+            self.lengths[slot] += len(path)
+        return torch.tensor(moves).T if moves else None
+
+    def retire(self, slot: int) -> tuple[int, int]:
+        """Takes a slot's row out of the passes: it changes places with the last active one.
+
+        Returns:
+            the two slots.
+        """
+        self.active -= 1
+        self.swap(slot, self.active)
+        return slot, self.active
+
+    def swap(self, slot: int, other: int) -> None:
+        """The rows in two slots change places."""
+        for values in (self.lengths, self.rows):
+            values[slot], values[other] = values[other], values[slot]
+
+
+class KeyValueBuffer:
+    """Keys and values in one pair of tensors [rows, heads, capacity, head_dim] that grows geometrically.
+
+    A pass writes its own entries and reads a view: nothing else is copied.
+
+    Args:
+        limit: columns that are never exceeded; growth stops there.
+    """
+
+    def __init__(self, limit: int | None = None):
+        self.limit = limit
+        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes [active, heads, columns, head_dim] each into the first rows, from column `start` on."""
+        rows, end = keys.shape[0], start + keys.shape[-2]
+        if self.states is None or end > self.states[0].shape[-2]:
+            self._grow(end, keys, values)
+        for states, new in zip(self.states, (keys, values), strict=True):
+            states[:rows, :, start:end] = new
+
+    def view(self, rows: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `end` columns of the first rows, [rows, heads, end, head_dim] each."""
+        keys, values = self.states
+        return keys[:rows, :, :end], values[:rows, :, :end]
+
+    def move(self, moves: torch.LongTensor) -> None:
+        """Moves entries inside their row, as [`Columns.keep`] says."""
+        slots, sources, destinations = moves.to(self.states[0].device)
+        for states in self.states:
+            states[slots, :, destinations] = states[slots, :, sources]
+
+    def swap(self, slot: int, other: int, width: int) -> None:
+        """Two rows change places, as far as they hold context."""
+        if slot == other or self.states is None:
+            return
+        for states in self.states:
+            held = states[slot, :, :width].clone()
+            states[slot, :, :width] = states[other, :, :width]
+            states[other, :, :width] = held
+
+    def _grow(self, needed: int, *like: torch.Tensor) -> None:
+        capacity = max(_FIRST_CAPACITY, needed + needed // 2)
+        if self.limit is not None:
+            capacity = max(min(capacity, self.limit), needed)
+        old = self.states
+        rows = like[0].shape[0] if old is None else old[0].shape[0]
+        self.states = tuple(new.new_zeros(rows, new.shape[1], capacity, new.shape[-1]) for new in like)
+        if old is not None:
+            for states, before in zip(self.states, old, strict=True):
+                states[:, :, : before.shape[-2]] = before
 
 
 class SpecialistCache:
     """Keys and values of one specialist: the committed context, and behind it the nodes of the current round.
 
-    Both lie in one buffer that grows by doubling, so a draft pass reads a view and copies nothing. Nodes are
-    overwritten by the context that replaces them.
+    Args:
+        columns: shared by all specialists of a drafter.
     """
 
-    def __init__(self):
-        self.context_length = 0
+    def __init__(self, columns: Columns):
+        self.columns = columns
         self.num_nodes = 0
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def append_context(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Drops the nodes and adds committed rows, [batch, key_value_heads, rows, head_dim] each."""
-        self.num_nodes = 0
-        self._write(self.context_length, keys, values)
-        self.context_length += keys.shape[-2]
+        self.buffer = KeyValueBuffer()
 
     def append_nodes(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Adds rows of this round, [batch, key_value_heads, rows, head_dim] each."""
-        self._write(self.context_length + self.num_nodes, keys, values)
+        """Adds rows of this round, [active, key_value_heads, nodes, head_dim] each."""
+        self.buffer.write(self.columns.width + self.num_nodes, keys, values)
         self.num_nodes += keys.shape[-2]
 
     def keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of context and nodes, [batch, key_value_heads, context + nodes, head_dim] each."""
-        keys, values = self._buffers
-        length = self.context_length + self.num_nodes
-        return keys[..., :length, :], values[..., :length, :]
+        """Views of context and nodes, [active, key_value_heads, width + nodes, head_dim] each."""
+        return self.buffer.view(self.columns.active, self.columns.width + self.num_nodes)
 
-    def _write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        end = start + keys.shape[-2]
-        if self._buffers is None or end > self._buffers[0].shape[-2]:
-            self._grow(start, end, keys, values)
-        for buffer, rows in zip(self._buffers, (keys, values), strict=True):
-            buffer[..., start:end, :] = rows
-
-    def _grow(self, used: int, needed: int, *like: torch.Tensor) -> None:
-        capacity = _FIRST_CAPACITY
-        while capacity < needed:
-            capacity *= 2
-        old = self._buffers
-        self._buffers = tuple(rows.new_zeros(*rows.shape[:-2], capacity, rows.shape[-1]) for rows in like)
-        if old is not None:
-            for buffer, before in zip(self._buffers, old, strict=True):
-                buffer[..., :used, :] = before[..., :used, :]
+    def drop_nodes(self) -> None:
+        self.num_nodes = 0
 
 
-def holds_every_token(cache: Cache) -> bool:
-    """Whether all layers keep the whole sequence as plain tensors, which [`keep_path`] needs."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+class _VerifyingLayer(DynamicLayer):
+    """A layer of a target's cache that keeps every entry, writes behind the width of its rows and hands out views."""
+
+    def __init__(self, columns: Columns, limit: int | None, original: CacheLayerMixin | None = None):
+        super().__init__()
+        self.columns = columns
+        self.buffer = KeyValueBuffer(limit)
+        if original is not None and original.is_initialized and original.get_seq_length():
+            # A window layer has let its oldest entries go; their columns stay empty, hidden by the window.
+            start = original.get_seq_length() - original.keys.shape[-2]
+            self.buffer.write(start, original.keys, original.values)
+            self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = self.columns.width
+        self.buffer.write(width, key_states, value_states)
+        self.is_initialized = True
+        return self.buffer.view(key_states.shape[0], width + key_states.shape[-2])
+
+    def get_seq_length(self) -> int:
+        return self.columns.width
 
 
-def keep_path(cache: Cache, start: int, path: Sequence[int]) -> None:
-    """Keeps a target's first `start` entries and, of the tree behind them, the nodes on one path.
+class TargetCache:
+    """A target's cache while its rows grow at their own pace, and take trees of which one path stays.
 
-    The accepted entries move inside the buffer that the forward pass just made; nothing else is copied. Example:
-    start 5 and path (0, 2, 6) leave 8 entries, of which the last three are the tree's nodes 0, 2 and 6.
+    The cache that `generate` was given keeps its identity: inside [`TargetCache.lend`] its layers are ours, afterwards
+    they are its own again, filled as plain decoding would have filled them. If the block raises, they are as before.
+    Windows are kept whole meanwhile: a layer with a window holds every entry until the call ends.
 
     Args:
-        cache: dynamic cache whose last entries are the tree's nodes.
-        start: entries before the tree.
-        path: node numbers, ascending.
+        cache: dynamic, empty or filled with the same number of entries in every row.
+        rows: rows of the batch.
+        limit: columns that are never exceeded.
+
+    Attributes:
+        windows: by layer the tokens that it keeps outside of the block, None for all.
+
+    Raises:
+        ValueError: if a layer of the cache cannot be rolled back, or its rows are not the batch's.
     """
-    length = start + len(path)
-    moves = list(path) != list(range(len(path)))
-    nodes = torch.tensor(path) + start
-    for layer in cache.layers:
-        nodes = nodes.to(layer.keys.device)
-        for name in ("keys", "values"):
-            states = getattr(layer, name)  # [batch, heads, start + nodes, head_dim]
-            if moves:
-                states[..., start:length, :] = states.index_select(-2, nodes)
-            setattr(layer, name, states[..., :length, :])
+
+    def __init__(self, cache: Cache, rows: int, limit: int | None = None):
+        self.cache = cache
+        self.columns = Columns(rows)
+        filled = cache.get_seq_length()
+        self.columns.lengths = [filled] * rows
+        self._make = functools.partial(_VerifyingLayer, self.columns, limit)
+        self._check(rows)
+        self.windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+
+    def _check(self, rows: int) -> None:
+        for layer in self.cache.layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and isinstance(layer, CacheLayerMixin):
+                raise ValueError(
+                    f"`past_key_values` has a {type(layer).__name__}, which rejected drafts cannot be taken out of. "
+                    "Pass a `DynamicCache`, or leave out `past_key_values` and `cache_implementation`."
+                )
+            held = getattr(layer, "keys", None)
+            if held is not None and held.numel() and held.shape[0] != rows:
+                raise ValueError(
+                    f"`past_key_values` holds {held.shape[0]} row(s) and the batch has {rows} (prompts times "
+                    "`num_return_sequences`). Repeat it with `past_key_values.batch_repeat_interleave(n)`."
+                )
+
+    @contextmanager
+    def lend(self) -> Iterator["TargetCache"]:
+        cache = self.cache
+        originals, made_by = list(cache.layers), cache.layer_class_to_replicate
+        cache.layers = [
+            self._make(layer) if isinstance(layer, DynamicLayer) else layer for layer in originals
+        ]  # layers that share others' keys stay
+        if made_by is not None:
+            cache.layer_class_to_replicate = self._make
+        try:
+            yield self
+            finished = cache.layers
+        except BaseException:
+            finished = None
+            raise
+        finally:
+            cache.layers, cache.layer_class_to_replicate = originals, made_by
+            if finished is not None:
+                self._fill(originals, finished)
+
+    def _fill(self, originals: list[CacheLayerMixin], layers: list[CacheLayerMixin]) -> None:
+        """Puts what the layers hold, in the batch's order, into those that the cache came with."""
+        columns = self.columns
+        width = max(columns.lengths)
+        order = torch.tensor([columns.rows.index(row) for row in range(len(columns.rows))])
+        in_order = columns.rows == sorted(columns.rows)
+        for index, layer in enumerate(layers):
+            if index == len(originals):
+                originals.append(DynamicLayer())
+            if not isinstance(layer, _VerifyingLayer) or layer.buffer.states is None:
+                continue
+            keys, values = layer.buffer.view(len(columns.rows), width)
+            for states in (keys, values):
+                for slot, length in enumerate(columns.lengths):
+                    states[slot, :, length:] = 0
+            if not in_order:
+                keys, values = (states.index_select(0, order.to(states.device)) for states in (keys, values))
+            original = originals[index]
+            original.keys = original.values = None
+            original.is_initialized = False
+            if isinstance(original, DynamicSlidingWindowLayer):
+                original.cumulative_length = 0
+            original.update(keys, values)
+            layer.buffer.states = None
+
+    def commit(self, entries: int) -> None:
+        """The last pass, the same number of entries in every row, was no draft."""
+        self.columns.keep([range(entries)] * self.columns.active)
+
+    def keep_paths(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keeps of the last pass the nodes on one path a slot; nothing but these entries is copied."""
+        moves = self.columns.keep(paths)
+        if moves is not None:
+            for layer in self._layers():
+                layer.buffer.move(moves)
+
+    def retire(self, slot: int) -> None:
+        """Takes a finished row out of the passes; its entries stay."""
+        self.columns.active -= 1
+        self.swap(slot, self.columns.active)
+
+    def swap(self, slot: int, other: int) -> None:
+        """The rows in two slots change places."""
+        width = max(self.columns.lengths)
+        self.columns.swap(slot, other)
+        for layer in self._layers():
+            layer.buffer.swap(slot, other, width)
+
+    def _layers(self) -> Iterator[_VerifyingLayer]:
+        return (layer for layer in self.cache.layers if isinstance(layer, _VerifyingLayer) and layer.buffer.states)

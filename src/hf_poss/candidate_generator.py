@@ -1,5 +1,6 @@
 """Depth-routed drafting: draft position k runs specialist s(k) on the features of position k - 1."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,13 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator
 from transformers.utils import ModelOutput, logging
 
-from .caches import SpecialistCache
-from .compatibility import LAST_HIDDEN_STATE
+from .caches import Columns, SpecialistCache
+from .compatibility import LAST_HIDDEN_STATE, device_of, input_device
 from .draft_tree import DraftTree, DraftTreeBuilder
 from .modeling_poss import PosSModel, RotaryAngles, TargetReference
-from .statistics import current_call
 
 
-__all__ = ["DraftSettings", "PosSCandidateGenerator", "eos_token_ids"]
+__all__ = ["DraftSettings", "PosSCandidateGenerator", "eos_token_ids", "prompt_entries"]
 
 logger = logging.get_logger(__name__)
 
@@ -74,24 +74,25 @@ class DraftSettings:
 
 
 class PosSCandidateGenerator(AssistedCandidateGenerator):
-    """Candidates for one `generate` call, drafted by position specialists.
+    """Candidates for one `generate` call, drafted by position specialists, for any number of rows.
 
-    Holds each specialist's keys and values. Rows of context come from the target's features, one a committed token:
-    row t is made of the feature of t and token t + 1, at position t. A round's nodes come from features that the
-    specialist before predicted, and are forgotten when the round ends.
+    Holds each specialist's keys and values. Rows of the batch grow at their own pace; the slots of finished ones are
+    given up (see [`Columns`]). Context comes from the target's features, one entry a committed token: entry t is made
+    of the feature of t and token t + 1, at position t. A round's nodes come from features that the specialist before
+    predicted, and are forgotten when the round ends.
 
-    Example of the indices: the prompt is tokens 0..4, and the target has picked token 5, the root. Context rows are
-    0..4; row 4 (feature 4, token 5) is the query of draft position 1 and predicts feature 5, hence token 6. A drafted
-    token 6 makes a node (predicted feature 5, token 6) at position 5, the query of draft position 2.
+    Example of the indices: the prompt is tokens 0..4, and the target has picked token 5, the root. Context entries are
+    0..4; entry 4 (feature 4, token 5) is the query of draft position 1 and predicts feature 5, hence token 6. A
+    drafted token 6 makes a node (predicted feature 5, token 6) at position 5, the query of draft position 2.
 
-    In transformers' own loop it answers `get_candidates` with a chain; the tree loop of this package calls
-    `extend_context` and `draft` directly.
+    The decoding loop of this package calls `extend_context` and `draft`; in transformers' own loop, `get_candidates`
+    answers with a chain.
 
     Args:
-        input_ids: the prompt, int64 [1, tokens].
+        input_ids: the prompts, int64 [rows, tokens].
         assistant_model: the specialists.
         generation_config: of the `generate` call.
-        model_kwargs: of the `generate` call; `attention_mask` tells padding in front.
+        model_kwargs: of the `generate` call.
         target: the model that `generate` runs on; its embedding and head are used.
         inputs_tensor, logits_processor: as in the base class; a draft does not need them.
 
@@ -113,24 +114,22 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
     ):
         super().__init__(input_ids, assistant_model, generation_config, model_kwargs, inputs_tensor, logits_processor)
         self.reference = TargetReference.from_target(target, assistant_model.config)
-        head_device = target.get_output_embeddings().weight.device
+        head_device = device_of(target.get_output_embeddings())
         if assistant_model.device != head_device:
             logger.warning_once(
                 f"The drafter is on {assistant_model.device} and the target's head on {head_device}; every draft pass "
                 f"crosses over. Move it once with `poss.to({str(head_device)!r})`."
             )
-        self.settings = DraftSettings.of(assistant_model, target.device)
+        self.settings = DraftSettings.of(assistant_model, input_device(target))
         self.num_assistant_tokens = self.settings.depth
         every_layer = generation_config.output_hidden_states
         self.model_kwargs_overrides = {"output_hidden_states": True if every_layer else LAST_HIDDEN_STATE}
         self.eos_token_ids = eos_token_ids(generation_config)
-        self.record = current_call()
 
-        mask = model_kwargs.get("attention_mask")
-        self.num_padding = 0 if mask is None else int((mask[0, : input_ids.shape[1]] == 0).sum())
-        self.caches = [SpecialistCache() for _ in assistant_model.layers]
-        self.next_position: int | None = None  # position id of the next context row
-        self.query_row: torch.Tensor | None = None  # fused input of the last context row, [1, 1, hidden]
+        self.columns = Columns(input_ids.shape[0])
+        self.caches = [SpecialistCache(self.columns) for _ in assistant_model.layers]
+        self.query: torch.Tensor | None = None  # fused input of each slot's last entry, [active, 1, hidden]
+        self.prompt_mask = model_kwargs.get("attention_mask")
         self.last_draft: torch.LongTensor | None = None  # [1, drafted]
 
     # ---- The contract of transformers' assisted decoding ----
@@ -157,102 +156,101 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
             n_last_matches: drafted tokens accepted in the last pass.
         """
         if is_first_iteration or model_outputs is None:
-            self.enter("verifying")
             return input_ids, None
-        depth = min(self.settings.depth, self.main_model_max_length - input_ids.shape[1] - 1)
-        self.enter("drafting")
         features = model_outputs.hidden_states[-1]
-        # The pass saw the accepted tokens first and the rejected ones behind them.
-        rows = features.shape[1] if self.next_position is None else int(n_last_matches) + 1
-        self.extend_context(features[:, :rows], input_ids)
+        if self.query is None:
+            entries = prompt_entries(self.prompt_mask, features)[0]
+        else:  # the pass saw the accepted tokens first and the rejected ones behind them
+            entries = range(int(n_last_matches) + 1)
+        features = features[:, list(entries)]
+        self.extend_context(features, input_ids[:, -features.shape[1] :])
+        depth = min(self.settings.depth, self.main_model_max_length - input_ids.shape[1] - 1)
         self.last_draft = input_ids[:, :0]
         if depth > 0:
             tree = self.draft(input_ids[:, -1], DraftSettings(depth, top_k=1, total_tokens=depth + 1))
             self.last_draft = _until_eos(tree.tokens[:, 1:].to(input_ids.device), self.eos_token_ids)
-        self.enter("verifying")
         return torch.cat((input_ids, self.last_draft), dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Counts the round that ended, if statistics are collected; the depth of drafts stays as it is."""
-        if self.record is None:
-            return
-        self.enter("other")
-        emitted = int(num_matches) + 1
-        if self.last_draft is None:
-            self.record.add_prompt_pass()
-            return
-        drafted = self.last_draft[0].tolist()
-        accepted = 0
-        for token, proposal in zip(input_ids[0, -emitted:].tolist(), drafted, strict=False):
-            if token != proposal:
-                break
-            accepted += 1
-        self.record.add_round([1] * len(drafted), accepted, emitted)
-
-    def enter(self, part: str) -> None:
-        """Books time from here on to a part of the round, if statistics are collected."""
-        if self.record is not None:
-            self.record.enter(part)
+        """The depth of drafts stays as it is."""
 
     # ---- Drafting ----
 
-    def extend_context(self, features: torch.Tensor, input_ids: torch.LongTensor) -> None:
+    def extend_context(
+        self, features: torch.Tensor, next_tokens: torch.LongTensor, counts: Sequence[int] | None = None
+    ) -> None:
         """Commits the tokens whose features the target has just computed.
 
-        Costs `fc`, key and value projections a row and specialist, nothing else.
+        Costs `fc`, key and value projections an entry and specialist, nothing else.
 
         Args:
-            features: [1, rows, hidden] of the last `rows` tokens before the newest.
-            input_ids: int64 [1, tokens], all tokens, the newest (the next root) included.
+            features: [active, entries, hidden] of the target.
+            next_tokens: int64 [active, entries], the token that follows each.
+            counts: for each slot how many of its entries count, the first ones; all if None.
 
         Raises:
-            ValueError: if the target's features are not finite.
+            ValueError: if the target's features are not finite; asked of the first ones only.
         """
-        poss: PosSModel = self.assistant_model
-        if self.next_position is None:
-            features = features[:, max(self.num_padding - (input_ids.shape[1] - 1 - features.shape[1]), 0) :]
-            self.next_position = input_ids.shape[1] - 1 - features.shape[1] - self.num_padding
-            if not torch.isfinite(features).all():
-                raise ValueError(
-                    "The target's hidden states hold NaN or infinite values, so nothing can be drafted from them. "
-                    "Run the target in bfloat16 or float32, and check its weights."
-                )
-        rows = features.shape[1]
+        poss, columns = self.assistant_model, self.columns
+        rows, entries = features.shape[:2]
+        if self.query is None and not torch.isfinite(features).all():
+            raise ValueError(
+                "The target's hidden states hold NaN or infinite values, so nothing can be drafted from them. "
+                "Run the target in bfloat16 or float32, and check its weights."
+            )
         features = features.to(device=poss.device, dtype=poss.dtype)
-        fused = poss.fuse(self.reference.embed(input_ids[:, -rows:], like=features), features)
-        position_ids = torch.arange(self.next_position, self.next_position + rows, device=fused.device)[None]
-        rotary = poss.rotary(fused, position_ids)
+        fused = poss.fuse(self.reference.embed(next_tokens, like=features), features)
+        first = torch.tensor(columns.lengths[:rows], device=fused.device)[:, None]
+        rotary = poss.rotary(fused, first + torch.arange(entries, device=fused.device))
         for layer, cache in zip(poss.layers, self.caches, strict=True):
-            cache.append_context(*layer.keys_values(fused, rotary))
-        self.next_position += rows
-        self.query_row = fused[:, -1:]
+            cache.append_nodes(*layer.keys_values(fused, rotary))
+            cache.drop_nodes()
+        moves = columns.keep([range(count) for count in counts or [entries] * rows])
+        if moves is not None:
+            for cache in self.caches:
+                cache.buffer.move(moves)
+        if counts is None:
+            self.query = fused[:, -1:]
+        else:
+            self.query = fused[torch.arange(rows), torch.tensor(counts) - 1][:, None]
+
+    def retire(self, slot: int) -> None:
+        """Gives up the slot of a finished row; the caller extends the context of the others next."""
+        width = max(self.columns.lengths)
+        slot, last = self.columns.retire(slot)
+        for cache in self.caches:
+            cache.buffer.swap(slot, last, width)
 
     def draft(self, root_tokens: torch.LongTensor, settings: DraftSettings) -> DraftTree:
-        """A tree below the newest token; with one branch, a chain.
+        """A tree below the newest token of every active row; with one branch, a chain.
 
         Args:
-            root_tokens: int64 [1], the newest token, committed by `extend_context`.
+            root_tokens: int64 [active], the newest tokens, committed by `extend_context`.
             settings: depth, branches and size.
         """
         poss: PosSModel = self.assistant_model
-        device = self.query_row.device
+        device = self.query.device
         builder = DraftTreeBuilder(root_tokens.to(device), settings.top_k)
-        first = self.next_position - 1  # position id of the last context row
+        rows = self.columns.active
+        first = torch.tensor(self.columns.lengths[:rows], device=device)[:, None] - 1  # of each row's last entry
         cos, sin = poss.rotary(
-            self.query_row, torch.arange(first, first + settings.depth, device=device)[None]
-        )  # [1, depth, head_dim], one row a draft position
+            self.query, first + torch.arange(settings.depth, device=device)
+        )  # [active, depth, head_dim], one a draft position
 
+        # Both are added to scores: 0 where an entry is seen, -inf where not.
+        beyond: torch.Tensor | None = None  # [active, 1, width], columns behind the end of a row
+        if self.columns.ragged:
+            beyond = _additive(self.columns.in_use(device), self.query.dtype)[:, None]
+        hidden = self.query.new_zeros(rows, 1, 0)  # [active, frontier, nodes so far], by ancestry
         nodes: list[tuple[torch.Tensor, RotaryAngles]] = []  # fused input and angles by level
-        # [1, frontier, nodes so far], added to scores: 0 at the node itself and its ancestors, -inf elsewhere.
-        hidden: torch.Tensor | None = None
-        fused, rotary = self.query_row, (cos[:, :1], sin[:, :1])
+        fused, rotary = self.query, (cos[:, :1], sin[:, :1])
         for position in range(1, settings.depth + 1):
             layer = poss.specialist(position)
             cache = self.caches[poss.config.specialist_index(position)]
             if new := nodes[self._levels_held(cache, nodes) :]:
                 cache.append_nodes(*layer.keys_values(*_joined(new)))
-            attended = _attend(layer.queries(fused, rotary), *cache.keys_values(), hidden)
-            features = layer.complete(fused, attended)  # [1, frontier, hidden]
+            attended = _attend(layer.queries(fused, rotary), *cache.keys_values(), beyond, hidden)
+            features = layer.complete(fused, attended)  # [active, frontier, hidden]
             frontier = builder.grow(self.reference.logits(features))
             if position == settings.depth:
                 break
@@ -261,15 +259,11 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
             width = fused.shape[1]
             rotary = tuple(angle[:, position : position + 1].expand(-1, width, -1) for angle in (cos, sin))
             nodes.append((fused, rotary))
-            own = torch.full((width, width), float("-inf"), dtype=fused.dtype, device=device)
-            own = own.fill_diagonal_(0.0)[None]
-            if hidden is None:
-                hidden = own
-            else:
-                ancestors = hidden.gather(1, frontier.parents[:, :, None].expand(-1, -1, hidden.shape[-1]))
-                hidden = torch.cat((ancestors, own), dim=-1)
+            own = _additive(torch.eye(width, dtype=torch.bool, device=device), fused.dtype).expand(rows, -1, -1)
+            ancestors = hidden.gather(1, frontier.parents[:, :, None].expand(-1, -1, hidden.shape[-1]))
+            hidden = torch.cat((ancestors, own), dim=-1)
         for cache in self.caches:
-            cache.num_nodes = 0
+            cache.drop_nodes()
         return builder.build(settings.total_tokens)
 
     @staticmethod
@@ -283,6 +277,25 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         return len(nodes)
 
 
+def prompt_entries(mask: torch.Tensor | None, features: torch.Tensor) -> list[Sequence[int]]:
+    """For each row of a prompt the tokens that are no padding, by their index in `features` [rows, entries, hidden]
+    of the prompt's last tokens. The last token counts in any case: what follows is drafted from it.
+
+    Args:
+        mask: int64 [rows, tokens], 0 for padding; None if there is none.
+    """
+    rows, entries = features.shape[:2]
+    if mask is None:
+        return [range(entries)] * rows
+    counts = mask[:, -entries:].cpu().to(torch.bool, copy=True)
+    counts[:, -1] = True
+    return [range(entries) if row.all() else row.nonzero().flatten().tolist() for row in counts]
+
+
+def _additive(seen: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+
+
 def _joined(levels: list[tuple[torch.Tensor, RotaryAngles]]) -> tuple[torch.Tensor, RotaryAngles]:
     """Fused inputs and angles of several levels, one behind the other."""
     if len(levels) == 1:
@@ -293,24 +306,29 @@ def _joined(levels: list[tuple[torch.Tensor, RotaryAngles]]) -> tuple[torch.Tens
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, beyond: torch.Tensor | None, hidden: torch.Tensor
 ) -> torch.Tensor:
-    """Attention [1, heads, frontier, head_dim] of a frontier on the context, which all of it sees, and on nodes.
+    """Attention [active, heads, frontier, head_dim] of a frontier on its row's context, and on nodes.
 
     Heads that share keys become rows: the keys are not repeated for them.
 
     Args:
-        query: [1, heads, frontier, head_dim].
-        keys, values: [1, key_value_heads, context + nodes, head_dim].
-        hidden: [1, frontier, nodes], added to the scores of nodes; None where there are none.
+        query: [active, heads, frontier, head_dim].
+        keys, values: [active, key_value_heads, width + nodes, head_dim].
+        beyond: [active, 1, width], added to the scores of context; None where all of it is seen.
+        hidden: [active, frontier, nodes], added to the scores of nodes.
     """
-    heads, frontier = query.shape[1:3]
+    active, heads, frontier = query.shape[:3]
     groups = keys.shape[1]
     mask = None
-    if hidden is not None:
-        mask = F.pad(hidden, (keys.shape[-2] - hidden.shape[-1], 0)).repeat(1, heads // groups, 1)[:, None]
-    rows = query.reshape(1, groups, heads // groups * frontier, -1)
-    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).view(1, heads, frontier, -1)
+    if beyond is not None:
+        mask = torch.cat((beyond.expand(-1, frontier, -1), hidden), dim=-1)
+    elif hidden.shape[-1]:
+        mask = F.pad(hidden, (keys.shape[-2] - hidden.shape[-1], 0))
+    if mask is not None:
+        mask = mask.repeat(1, heads // groups, 1)[:, None]
+    rows = query.reshape(active, groups, heads // groups * frontier, -1)
+    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).view(active, heads, frontier, -1)
 
 
 def eos_token_ids(generation_config: GenerationConfig) -> list[int]:

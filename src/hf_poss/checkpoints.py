@@ -18,7 +18,7 @@ from transformers.utils import cached_file, logging
 from .configuration_poss import PosSConfig
 
 
-__all__ = ["check_loading_info", "is_published_layout", "read_published", "reading"]
+__all__ = ["check_loading_info", "is_published_layout", "read_published", "reading", "repository_name"]
 
 logger = logging.get_logger(__name__)
 
@@ -189,7 +189,7 @@ def _check_names(keys: Any, source: str) -> int:
     return num_layers
 
 
-def _repository_name(path_or_repo: str) -> str:
+def repository_name(path_or_repo: str) -> str:
     """Last part of a repository's or folder's name; for a snapshot in the Hub's cache the repository it is of."""
     if match := re.search(r"models--[^/\\]*--([^/\\]+)[/\\]snapshots[/\\]", str(path_or_repo)):
         return match[1]
@@ -198,7 +198,7 @@ def _repository_name(path_or_repo: str) -> str:
 
 def _positions(path_or_repo: str, num_layers: int, n: int | None, k: int | None) -> tuple[int, int]:
     """Positions per specialist and draft positions, from arguments, the name, or the layout itself."""
-    if n is None and (match := re.search(r"poss[-_]?(\d+)(?!\d)", _repository_name(path_or_repo), re.IGNORECASE)):
+    if n is None and (match := re.search(r"poss[-_]?(\d+)(?!\d)", repository_name(path_or_repo), re.IGNORECASE)):
         n = int(match[1])
     if n is None and num_layers == 1:
         n = k = k or EAGLE_DRAFT_POSITIONS

@@ -4,24 +4,56 @@ Nothing else in the package touches these names.
 """
 
 import inspect
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from transformers import GenerationMixin
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.generation import PrefixConstrainedLogitsProcessor
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
+from transformers.pipelines import base as pipelines
 from transformers.utils import output_capturing
 
 
-__all__ = ["LAST_HIDDEN_STATE", "original_method", "replace_method"]
+__all__ = [
+    "CANDIDATES",
+    "DECODE",
+    "LAST_HIDDEN_STATE",
+    "VALIDATE",
+    "attention_of",
+    "custom_generate_source",
+    "device_of",
+    "input_device",
+    "is_hooked",
+    "is_pipeline_parallel",
+    "keeps_state",
+    "mark_as_own",
+    "original_method",
+    "outlives_call",
+    "peft_arguments",
+    "plain_decoding",
+    "prefix_function",
+    "prompt_mask_length",
+    "relative_imports",
+    "replace_method",
+    "sequences_left",
+    "tensor_parallel_group",
+]
 
 _WORKING_VERSIONS = "transformers>=5.15"
 
 # The places where `generate` reaches an assistant, with the arguments that are read there.
+VALIDATE, CANDIDATES, DECODE = "_validate_generation_mode", "_get_candidate_generator", "_assisted_decoding"
 _HOOKS = {
-    "_validate_generation_mode": ("generation_mode", "generation_config", "generation_mode_kwargs"),
-    "_get_candidate_generator": ("generation_config", "input_ids", "logits_processor", "model_kwargs"),
-    "_assisted_decoding": (
+    VALIDATE: ("generation_mode", "generation_config", "generation_mode_kwargs"),
+    CANDIDATES: ("generation_config", "input_ids", "logits_processor", "model_kwargs"),
+    DECODE: (
         "input_ids",
         "logits_processor",
         "stopping_criteria",
@@ -31,6 +63,8 @@ _HOOKS = {
         "assistant_model",
     ),
 }
+# Where a pipeline loads the assistant that it was given.
+_PIPELINE_HOOK = "load_assistant_model"
 
 
 def _check_hooks() -> None:
@@ -42,6 +76,8 @@ def _check_hooks() -> None:
             continue
         parameters = inspect.signature(inspect.unwrap(method)).parameters
         missing.extend(f"{name}({argument}=)" for argument in arguments if argument not in parameters)
+    if not hasattr(pipelines, _PIPELINE_HOOK):
+        missing.append(f"pipelines.base.{_PIPELINE_HOOK}")
     if not hasattr(AssistedCandidateGenerator, "requires_model_outputs"):
         missing.append("CandidateGenerator.requires_model_outputs")
     if missing:
@@ -52,7 +88,8 @@ def _check_hooks() -> None:
 
 
 _check_hooks()
-_originals: dict[str, Callable[..., Any]] = {name: getattr(GenerationMixin, name) for name in _HOOKS}
+_owners: dict[str, Any] = {**dict.fromkeys(_HOOKS, GenerationMixin), _PIPELINE_HOOK: pipelines}
+_originals: dict[str, Callable[..., Any]] = {name: getattr(owner, name) for name, owner in _owners.items()}
 
 # Value of `output_hidden_states` that makes the target return its last hidden state. Newer releases take an index and
 # keep that layer only; older ones keep all layers.
@@ -60,10 +97,118 @@ LAST_HIDDEN_STATE: int | bool = -1 if hasattr(output_capturing, "selected_hidden
 
 
 def original_method(name: str) -> Callable[..., Any]:
-    """transformers' own method of `GenerationMixin`."""
+    """What `replace_method` replaces: a method of `GenerationMixin`, or `load_assistant_model` of pipelines."""
     return _originals[name]
 
 
 def replace_method(name: str, method: Callable[..., Any]) -> None:
-    """Puts `method` in the place of `GenerationMixin`'s; `original_method(name)` puts it back."""
-    setattr(GenerationMixin, name, method)
+    """Puts `method` in the place of transformers' own; `original_method(name)` puts it back."""
+    if method is not _originals[name]:
+        method.is_hf_poss = True
+    setattr(_owners[name], name, method)
+
+
+def is_hooked() -> bool:
+    """Whether `generate` runs position specialists, by this package or a copy of it that came with a checkpoint."""
+    return all(hasattr(getattr(GenerationMixin, name), "is_hf_poss") for name in _HOOKS)
+
+
+def custom_generate_source() -> str | None:
+    """Folder or repository of the `target.generate(custom_generate=...)` that called the caller of this function.
+
+    transformers does not hand it on, and runs a copy of the code from elsewhere.
+    """
+    source = inspect.currentframe().f_back.f_back.f_locals.get("custom_generate")
+    return source if isinstance(source, str) else None
+
+
+def relative_imports(module: Path) -> list[Path]:
+    """Files of the modules that a module file imports relatively, and these in turn."""
+    return sorted({Path(file) for file in get_relative_import_files(module)} - {module})
+
+
+def tensor_parallel_group(target: PreTrainedModel) -> "torch.distributed.ProcessGroup | None":
+    """The processes that share `target`'s weights by tensor parallelism, which read the same prompts and must emit the
+    same tokens; None for a target that is whole in every process, or sharded by FSDP only."""
+    mesh = getattr(target, "_device_mesh", None)
+    if mesh is None or (target.tp_size or 1) == 1:
+        return None
+    return mesh.get_group("tp") if mesh.ndim > 1 else mesh.get_group()
+
+
+def prefix_function(processor: PrefixConstrainedLogitsProcessor) -> Callable[[int, torch.Tensor], list[int]]:
+    """The `prefix_allowed_tokens_fn` that a processor was made from."""
+    return processor._prefix_allowed_tokens_fn
+
+
+def sequences_left(target: PreTrainedModel, finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+    """Whether this process, or with `synced_gpus` any process, has text left to write."""
+    return target._has_unfinished_sequences(finished, synced_gpus, device=device)
+
+
+def plain_decoding(target: PreTrainedModel) -> Callable[..., Any]:
+    """The decoding loop of `generate` without an assistant, greedy or sampled."""
+    return target._sample
+
+
+def prompt_mask_length(generation_config: GenerationConfig, model_kwargs: dict[str, Any]) -> int | None:
+    """Tokens that the attention mask of a call covered, cached ones included; None if there was none."""
+    mask = model_kwargs.get("attention_mask")
+    return getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+
+
+def is_pipeline_parallel(target: PreTrainedModel) -> bool:
+    """Whether `target`'s layers are spread over processes, so that one has the embedding and another the head."""
+    mesh = getattr(target, "_device_mesh", None)
+    return mesh is not None and "pp" in (mesh.mesh_dim_names or ()) and mesh["pp"].size() > 1
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device that `module` computes on. Weights that accelerate offloads are on `meta` until the module runs."""
+    for part in module.modules():
+        hook = getattr(part, "_hf_hook", None)
+        for device in (getattr(hook, "execution_device", None) for hook in getattr(hook, "hooks", (hook,))):
+            if device is not None:
+                return torch.device(device)
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
+# Newer releases mark a cache that the caller brought along.
+_MARKS_CACHES = "_is_user_defined" in inspect.unwrap(GenerationMixin._prepare_cache_for_generation).__code__.co_names
+
+
+def outlives_call(cache: Cache, generation_config: GenerationConfig) -> bool:
+    """Whether the caller gets to see a call's cache afterwards; True where a release does not tell."""
+    returned = bool(generation_config.return_dict_in_generate)
+    return returned or getattr(cache, "_is_user_defined", not _MARKS_CACHES)
+
+
+def input_device(target: PreTrainedModel) -> torch.device:
+    """Where `target` takes its tokens; `target.device` is `meta` if its embedding is offloaded."""
+    return device_of(target.get_input_embeddings())
+
+
+def peft_arguments(target: PreTrainedModel) -> dict[str, Any]:
+    """What a `PeftModel` hands to its layers in the call that runs: `adapter_names` and `alora_offsets`, an item a row
+    of the batch."""
+    arguments: dict[str, Any] = {}
+    if hasattr(target, "peft_config"):
+        for module in target.modules():
+            for hook in module._forward_pre_hooks.values():
+                arguments |= getattr(hook, "keywords", {})
+    return arguments
+
+
+def attention_of(config: PreTrainedConfig) -> str:
+    """The attention implementation that a text config asks for: "eager", "sdpa", "flash_attention_2"..."""
+    return config._attn_implementation
+
+
+def keeps_state(target: PreTrainedModel) -> bool:
+    """Whether a model keeps a state that cannot go back to an earlier token."""
+    return getattr(target, "_is_stateful", False)
+
+
+def mark_as_own(generation_config: GenerationConfig) -> None:
+    """Makes a generation config be saved as it is; transformers drops one that it takes for derived from a config."""
+    generation_config._from_model_config = False

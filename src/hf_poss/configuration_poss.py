@@ -1,14 +1,22 @@
 """Configuration of position specialists."""
 
 import copy
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+from .compatibility import relative_imports
 
 
 __all__ = ["PosSConfig", "specialist_index"]
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_ROPE_THETA = 10000.0
 EPSILON_NAMES = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
@@ -56,6 +64,7 @@ class PosSConfig(PreTrainedConfig):
     ```"""
 
     model_type = "poss"
+    _auto_class = "AutoConfig"  # what is saved holds the code, for whoever does not have this package
     keys_to_ignore_at_inference = ["position_losses", "predictions"]
 
     vocab_size: int = 32000
@@ -118,6 +127,15 @@ class PosSConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}; expected one of {sorted(ACT2FN)}.")
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers, with the code that `target.generate(custom_generate=save_directory)` runs.
+
+        A model's `save_pretrained` calls it, in the one process that writes and before anything is uploaded.
+        """
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if self._auto_class is not None:
+            _save_custom_generate(Path(save_directory) / "custom_generate")
+
     @property
     def num_specialists(self) -> int:
         """S = ceil(K / n)."""
@@ -174,9 +192,23 @@ class PosSConfig(PreTrainedConfig):
             "bos_token_id": _token_id(_first(text, "bos_token_id")),
             "eos_token_id": _first(text, "eos_token_id"),
             "pad_token_id": _token_id(_first(text, "pad_token_id")),
-            "target_name_or_path": target_config._name_or_path or None,
+            "target_name_or_path": target_config.name_or_path or None,
         }
         return cls(**{**geometry, **kwargs})
+
+
+def _save_custom_generate(folder: Path) -> None:
+    source = Path(__file__).with_name("custom_generate.py")
+    if not source.is_file():  # this module came with a checkpoint itself, and transformers copied what it imports only
+        logger.warning_once(
+            f"Saved without {folder.name}/: its code is not beside {__file__}. Copy that folder from the checkpoint "
+            "that was loaded, or save with hf_poss installed."
+        )
+        return
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(source, folder / "generate.py")
+    for module in relative_imports(source):
+        shutil.copyfile(module, folder / module.name)
 
 
 def specialist_index(position: int, positions_per_specialist: int, num_specialists: int) -> int:

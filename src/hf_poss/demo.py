@@ -122,4 +122,5 @@ def load_demo_pair(folder: str | Path | None = None) -> tuple[Any, Any, Any]:
         raise FileNotFoundError(f"No target/ and poss/ in {folder}; examples/build_demo_pair.py makes them.")
     target = AutoModelForCausalLM.from_pretrained(folder / "target", dtype="float32").eval()
     poss = PosSModel.from_pretrained(folder / "poss", dtype="float32").eval()
+    target.config.name_or_path = poss.config.target_name_or_path  # the folder is named for its place in the pair
     return target, poss, AutoTokenizer.from_pretrained(folder / "target")

@@ -13,8 +13,10 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 from transformers.utils import ModelOutput, logging
 
-from .checkpoints import check_loading_info, is_published_layout, read_published, reading
+from .checkpoints import check_loading_info, is_published_layout, read_published, reading, repository_name
+from .compatibility import device_of, is_pipeline_parallel, keeps_state, mark_as_own, peft_arguments
 from .configuration_poss import PosSConfig
+from .limits import check_size
 
 
 __all__ = [
@@ -22,7 +24,11 @@ __all__ = [
     "PosSOutput",
     "PosSPreTrainedModel",
     "TargetReference",
+    "adapter_obstacle",
+    "check_drafter",
     "check_target",
+    "is_poss",
+    "placement",
     "position_losses",
 ]
 
@@ -38,8 +44,8 @@ def check_target(config: PosSConfig, target: PreTrainedModel) -> None:
     """Refuses a target that specialists of this geometry cannot draft for.
 
     Raises:
-        ValueError: if the target is an encoder-decoder, keeps a recurrent state, has no head, or has another width
-            or vocabulary.
+        ValueError: if the target is an encoder-decoder, keeps a recurrent state, is split into pipeline stages, has no
+            head, has another width or vocabulary, or runs under a PEFT method that specialists cannot follow.
     """
     name = target.__class__.__name__
     if target.config.is_encoder_decoder:
@@ -47,25 +53,31 @@ def check_target(config: PosSConfig, target: PreTrainedModel) -> None:
             f"{name} is an encoder-decoder; position specialists draft for decoder-only targets. "
             "Call `generate` without this assistant."
         )
-    if getattr(target, "_is_stateful", False):
+    if keeps_state(target):
         raise ValueError(
             f"{name} keeps a recurrent state that cannot go back to an earlier token, so rejected drafts cannot be "
             "undone. Call `generate` without this assistant."
         )
+    if is_pipeline_parallel(target):
+        raise ValueError(
+            f"{name} is split into pipeline stages; specialists read embedding and head in every process. "
+            "Load it with `tp_plan='auto'` or a `device_map` instead."
+        )
+    _check_adapters(target)
     head = target.get_output_embeddings()
     if head is None:
         raise ValueError(f"{name} has no language modelling head. Load it with `AutoModelForCausalLM`.")
     vocab_size = target.config.get_text_config().vocab_size
     if vocab_size != config.vocab_size:
         raise ValueError(
-            f"The drafter was made for a vocabulary of {config.vocab_size} tokens, {name} has {vocab_size}. "
-            f"Use a drafter that was trained for this target{_made_for(config)}."
+            f"The drafter was made for a vocabulary of {config.vocab_size} tokens, {name} has {vocab_size}: they do "
+            f"not share a tokenizer. Use a drafter that was trained for this target{_made_for(config)}."
         )
     widths = {
         "embedding": target.get_input_embeddings().weight.shape[-1],
         "hidden states": target.config.get_text_config().hidden_size,
     }
-    if isinstance(head, nn.Linear):
+    if hasattr(head, "in_features"):
         widths["head"] = head.in_features
     for part, width in widths.items():
         if width != config.hidden_size:
@@ -73,10 +85,67 @@ def check_target(config: PosSConfig, target: PreTrainedModel) -> None:
                 f"The drafter was made for a hidden size of {config.hidden_size}, the {part} of {name} has {width}. "
                 f"Use a drafter that was trained for this target{_made_for(config)}."
             )
+    expected, found = config.target_name_or_path, target.config.name_or_path
+    if expected and found and repository_name(expected) != repository_name(found):
+        logger.warning_once(
+            f"The drafter was made for {expected}, the target is {found}. The text is right in any case; if the two "
+            "differ in more than the name, few drafts are accepted."
+        )
+
+
+def check_drafter(poss: "PosSModel") -> None:
+    """Refuses specialists that cannot run where they are.
+
+    Raises:
+        ValueError: if weights are on `meta` (never loaded, or offloaded), or on several devices.
+    """
+    devices = sorted({str(parameter.device) for parameter in poss.parameters()})
+    if len(devices) > 1 or devices == ["meta"]:
+        raise ValueError(
+            f"The drafter's weights are on {', '.join(devices)}; expected one device that computes. Load it without "
+            "`device_map` and offloading, and move it to the device of the target's head: `poss.to(...)`."
+        )
+
+
+def adapter_obstacle(target: PreTrainedModel) -> str | None:
+    """Why the adapters of the call that runs do not go with drafts, or None.
+
+    PEFT hands them to the layers by hooks, which stay behind if the call raises: such a call is not refused, but
+    decoded without drafts.
+    """
+    arguments = peft_arguments(target)
+    if len(arguments.get("adapter_names", ())) > 1:
+        return "`adapter_names` gives rows adapters of their own, and rows leave the batch one by one"
+    if any(offset is not None for offset in arguments.get("alora_offsets", ())):
+        return "an activated LoRA (aLoRA) counts tokens from the end of a pass, and a pass over drafts has others"
+    return None
+
+
+def _check_adapters(target: PreTrainedModel) -> None:
+    # While a PeftModel generates, its own method stands in for the target's.
+    owner = getattr(getattr(target, "prepare_inputs_for_generation", None), "__self__", target)
+    active = getattr(owner, "active_peft_config", None)
+    if getattr(active, "is_prompt_learning", False):
+        raise ValueError(
+            f"The target runs with virtual tokens ({active.peft_type.value}), which specialists cannot see. "
+            "Use an adapter that changes weights (LoRA and the like), or call `generate` without this assistant."
+        )
 
 
 def _made_for(config: PosSConfig) -> str:
     return f" (this one: {config.target_name_or_path})" if config.target_name_or_path else ""
+
+
+def is_poss(model: Any) -> bool:
+    """Whether `model` is made of position specialists. Their class may be one that came with a checkpoint."""
+    return isinstance(model, PreTrainedModel) and model.config.model_type == PosSConfig.model_type
+
+
+def placement(target: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype for specialists that draft for `target`: those of its head, float32 beside packed weights."""
+    head = target.get_output_embeddings()
+    device = target.device if head is None else device_of(head)
+    return device, target.dtype if target.dtype.is_floating_point else torch.float32
 
 
 class TargetReference:
@@ -98,7 +167,13 @@ class TargetReference:
     def from_target(cls, target: PreTrainedModel, config: PosSConfig) -> "TargetReference":
         """Reference to `target`'s modules, after [`check_target`]."""
         check_target(config, target)
-        return cls(target.get_input_embeddings(), target.get_output_embeddings(), config)
+        reference = cls(target.get_input_embeddings(), target.get_output_embeddings(), config)
+        if any(parameter.is_meta for parameter in reference.lm_head.parameters()):
+            logger.warning_once(
+                "The target's head is offloaded, and every draft pass loads it. Keep `lm_head` and the embedding on a "
+                "device (`device_map`): drafting is then much faster."
+            )
+        return reference
 
     def __deepcopy__(self, memo: dict) -> "TargetReference":
         return self
@@ -106,17 +181,19 @@ class TargetReference:
     @torch.no_grad()
     def embed(self, token_ids: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Embeddings [..., hidden] of `token_ids` [...], in the dtype and on the device of `like`."""
-        return self.embed_tokens(token_ids.to(self.embed_tokens.weight.device)).to(like)
+        embeddings = self.embed_tokens(token_ids.to(device_of(self.embed_tokens)))
+        return embeddings.to(device=like.device, dtype=like.dtype)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits [..., vocab] in float32 of features [..., hidden], on the features' device.
 
         Gradients reach the features, never the head.
         """
-        weight = next(self.lm_head.parameters())
-        features_there = features.to(weight) if weight.is_floating_point() else features.to(weight.device)
+        features_there = features.to(device=device_of(self.lm_head), dtype=self._head_dtype())
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.lm_head.parameters()):
-            frozen = {name: parameter.detach() for name, parameter in self.lm_head.named_parameters()}
+            frozen = {
+                name: nn.Parameter(p.detach(), requires_grad=False) for name, p in self.lm_head.named_parameters()
+            }
             logits = torch.func.functional_call(self.lm_head, frozen, features_there)
         else:
             logits = self.lm_head(features_there)
@@ -126,6 +203,11 @@ class TargetReference:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def _head_dtype(self) -> torch.dtype | None:
+        """What the head computes in; None for packed weights, which take what they are given."""
+        dtype = next(self.lm_head.parameters()).dtype
+        return dtype if dtype.is_floating_point and dtype.itemsize > 1 else None
 
 
 class PosSRotaryEmbedding(LlamaRotaryEmbedding):
@@ -327,6 +409,8 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
     >>> output = target.generate(**inputs, assistant_model=poss)
     ```"""
 
+    _auto_class = "AutoModel"  # what is saved holds the code, for whoever does not have this package
+
     def __init__(self, config: PosSConfig):
         super().__init__(config)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
@@ -337,7 +421,7 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
         self.generation_config.draft_top_k = None
         self.generation_config.draft_total_tokens = None
         # A generation config that counts as derived from the model's drops fields that it does not know.
-        self.generation_config._from_model_config = False
+        mark_as_own(self.generation_config)
         self.post_init()
 
     # ---- Making one ----
@@ -359,7 +443,8 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             config_kwargs: other fields of [`PosSConfig`] to set.
 
         Raises:
-            ValueError: if `target` is no decoder-only language model, or K or n is below 1.
+            ValueError: if `target` is no decoder-only language model, K or n is below 1, or the specialists do not fit
+                into the memory of the target's device.
         """
         config = PosSConfig.from_target_config(
             target.config,
@@ -367,10 +452,11 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             num_draft_positions=num_draft_positions,
             **config_kwargs,
         )
+        check_size(config, placement(target)[0])
         check_target(config, target)
         poss = cls(config)
-        dtype = target.dtype if target.dtype.is_floating_point else torch.float32
-        return poss.to(device=target.get_output_embeddings().weight.device, dtype=dtype).attach(target)
+        device, dtype = placement(target)
+        return poss.to(device=device, dtype=dtype).attach(target)
 
     @classmethod
     def from_eagle(
@@ -471,6 +557,17 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
         raise NotImplementedError(
             "A PosSModel drafts for its target and cannot write alone. "
             "Call `target.generate(**inputs, assistant_model=poss)`."
+        )
+
+    def load_custom_generate(self, *args: Any, **kwargs: Any):
+        """Specialists have none: the `custom_generate/` that is saved with them is for their target.
+
+        Raises:
+            OSError: always, which `from_pretrained` takes for a checkpoint without one.
+        """
+        raise OSError(
+            "A PosSModel cannot write alone, so it takes no custom `generate`. "
+            "Call `target.generate(**inputs, custom_generate=folder, trust_remote_code=True)`."
         )
 
     # ---- What training and drafting share ----

@@ -11,38 +11,39 @@ import torch
 from .configuration_poss import specialist_index
 
 
-__all__ = ["CallStatistics", "GenerationStatistics", "collect_statistics", "current_call", "recorded_call"]
+__all__ = [
+    "CallRecord",
+    "CallStatistics",
+    "GenerationStatistics",
+    "collect_statistics",
+    "recorded_call",
+]
 
 TARGET = 0  # author of a token that the target itself picked; drafted tokens carry their draft position
 
 
 @dataclass
 class CallStatistics:
-    """Counts of one `generate` call. Lists are indexed by draft position - 1.
+    """Counts of one row of a `generate` call. Lists are indexed by draft position - 1.
 
     Args:
         positions_per_specialist, num_specialists: of the drafter, to deal positions to specialists.
-        rounds: draft and verification passes.
+        rounds: draft and verification passes that the row took part in.
         tokens: tokens that the rounds emitted; a text's first token comes with the prompt's pass, before any round.
         authors: for each new token the draft position that proposed it, 0 where the target picked it.
         drafted: tokens proposed and verified.
         reached: rounds in which every position before was accepted and this one was drafted.
         accepted: of these, the rounds in which it was accepted.
-        seconds: time spent "drafting", "verifying" (the prompt's pass included) and on "other" things.
     """
 
     positions_per_specialist: int
     num_specialists: int
-    device: torch.device
     rounds: int = 0
     tokens: int = 0
     authors: list[int] = field(default_factory=list)
     drafted: list[int] = field(default_factory=list)
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"drafting": 0.0, "verifying": 0.0, "other": 0.0})
-    _part: str = "other"
-    _since: float = field(default_factory=time.perf_counter)
 
     def add_prompt_pass(self) -> None:
         """The token that the target picked before any draft."""
@@ -71,6 +72,23 @@ class CallStatistics:
             return None
         return specialist_index(author, self.positions_per_specialist, self.num_specialists)
 
+
+@dataclass
+class CallRecord:
+    """One `generate` call.
+
+    Args:
+        rows: counts by row of the batch.
+        device: of the target.
+        seconds: time spent "drafting", "verifying" (the prompt's pass included) and on "other" things.
+    """
+
+    rows: list[CallStatistics]
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: {"drafting": 0.0, "verifying": 0.0, "other": 0.0})
+    _part: str = "other"
+    _since: float = field(default_factory=time.perf_counter)
+
     def enter(self, part: str) -> None:
         """Books the time since the last call on the part that was entered then, with the device's queue emptied."""
         if self.device.type not in ("cpu", "meta"):
@@ -90,19 +108,24 @@ def _add(counts: list[int], more: Sequence[int]) -> None:
 class GenerationStatistics:
     """Sums over the `generate` calls inside [`collect_statistics`]. Lists are indexed by draft position - 1.
 
-    Counts add up over calls, ratios are taken last.
+    Counts add up over rows, ratios are taken last.
     """
 
-    calls: list[CallStatistics] = field(default_factory=list)
+    records: list[CallRecord] = field(default_factory=list)
+
+    @property
+    def calls(self) -> list[CallStatistics]:
+        """Counts of every text that was written: one a row of each call."""
+        return [row for record in self.records for row in record.rows]
 
     @property
     def rounds(self) -> int:
-        """Draft phases with their verification."""
+        """Draft phases with their verification; a batch's round counts once for each row that takes part in it."""
         return sum(call.rounds for call in self.calls)
 
     @property
     def tokens(self) -> int:
-        """Tokens that the rounds emitted: the new tokens without the first of each call, which precedes any draft."""
+        """Tokens that the rounds emitted: the new tokens without the first of each text, which precedes any draft."""
         return sum(call.tokens for call in self.calls)
 
     @property
@@ -112,7 +135,7 @@ class GenerationStatistics:
 
     @property
     def tau_macro(self) -> float:
-        """Mean acceptance length, macro average: mean over calls of tokens / rounds, as the papers report it."""
+        """Mean acceptance length, macro average: mean over texts of tokens / rounds, as the papers report it."""
         taus = [_ratio(call.tokens, call.rounds) for call in self.calls if call.rounds]
         return _ratio(sum(taus), len(taus))
 
@@ -150,17 +173,17 @@ class GenerationStatistics:
     @property
     def drafting_seconds(self) -> float:
         """Time in the drafter: extending its context, its passes, the tree."""
-        return sum(call.seconds["drafting"] for call in self.calls)
+        return sum(record.seconds["drafting"] for record in self.records)
 
     @property
     def verifying_seconds(self) -> float:
         """Time in the target's passes, the prompt's included."""
-        return sum(call.seconds["verifying"] for call in self.calls)
+        return sum(record.seconds["verifying"] for record in self.records)
 
     @property
     def other_seconds(self) -> float:
         """All other time of the decoding loop: picking tokens, caches, streaming."""
-        return sum(call.seconds["other"] for call in self.calls)
+        return sum(record.seconds["other"] for record in self.records)
 
     def _total(self, name: str) -> list[int]:
         total: list[int] = []
@@ -185,7 +208,6 @@ def _ratio(numerator: float, denominator: float) -> float:
 class _Collectors(threading.local):
     def __init__(self):
         self.active: list[GenerationStatistics] = []
-        self.call: CallStatistics | None = None
 
 
 _collectors = _Collectors()
@@ -213,22 +235,17 @@ def collect_statistics() -> Iterator[GenerationStatistics]:
 
 
 @contextlib.contextmanager
-def recorded_call(positions_per_specialist: int, num_specialists: int, device: torch.device) -> Iterator[None]:
-    """A `generate` call: inside, [`current_call`] is its record, shared by the blocks that are open in this thread."""
+def recorded_call(
+    positions_per_specialist: int, num_specialists: int, device: torch.device, rows: int = 1
+) -> Iterator[CallRecord | None]:
+    """A `generate` call with its record, shared by the blocks that are open in this thread; None if there are none."""
     if not _collectors.active:
-        yield
+        yield None
         return
-    call = CallStatistics(positions_per_specialist, num_specialists, device)
+    call = CallRecord([CallStatistics(positions_per_specialist, num_specialists) for _ in range(rows)], device)
     for statistics in _collectors.active:
-        statistics.calls.append(call)
-    outer, _collectors.call = _collectors.call, call
+        statistics.records.append(call)
     try:
-        yield
+        yield call
     finally:
         call.enter("other")
-        _collectors.call = outer
-
-
-def current_call() -> CallStatistics | None:
-    """The record of the `generate` call that runs in this thread; None while no statistics are collected."""
-    return _collectors.call

@@ -1,38 +1,96 @@
-"""The walk over a verified tree: which path is accepted, which token follows."""
+"""The walk over a verified tree: which path is accepted, which token follows, and when a row ends."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import LogitsProcessorList
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
-from .draft_tree import DraftTree
+
+__all__ = ["StopCheck", "TokenPicker", "TokenRows", "Walk", "walk_all"]
+
+Agree = Callable[[list[int]], list[int]]
 
 
-__all__ = ["StopCheck", "TokenPicker", "Walk", "walk"]
+def _alone(values: list[int]) -> list[int]:
+    return values
+
+
+class TokenRows:
+    """The tokens of a batch whose rows grow at their own pace, left-aligned; padding behind a row's end.
+
+    Args:
+        input_ids: the prompts, int64 [rows, tokens].
+        pad_token_id: what stands behind a finished row.
+    """
+
+    def __init__(self, input_ids: torch.LongTensor, pad_token_id: int):
+        self.prompt_length = input_ids.shape[1]
+        self.lengths = [input_ids.shape[1]] * input_ids.shape[0]
+        self._pad = pad_token_id
+        self._tokens = input_ids
+
+    def append(self, row: int, tokens: Sequence[int]) -> None:
+        """Adds tokens at the end of a row."""
+        start, end = self.lengths[row], self.lengths[row] + len(tokens)
+        if end > self._tokens.shape[1]:  # also keeps the caller's prompt from being written to
+            longer = self._tokens.new_full((len(self.lengths), end + end // 2 + 64), self._pad)
+            longer[:, : self._tokens.shape[1]] = self._tokens
+            self._tokens = longer
+        if len(tokens) == 1:
+            self._tokens[row, start] = tokens[0]
+        else:
+            self._tokens[row, start:end] = torch.tensor(tokens, device=self._tokens.device)
+        self.lengths[row] = end
+
+    def cut(self, row: int, length: int) -> None:
+        """Takes back what a row has behind `length`."""
+        self._tokens[row, length : self.lengths[row]] = self._pad
+        self.lengths[row] = length
+
+    def prefix(self, row: int) -> torch.LongTensor:
+        """int64 [1, tokens]: a row as it is now."""
+        return self._tokens[row : row + 1, : self.lengths[row]]
+
+    def up_to(self, length: int) -> torch.LongTensor:
+        """int64 [rows, length]: all rows, cut off or padded."""
+        if length > self._tokens.shape[1]:
+            raise ValueError(f"No row has {length} tokens; the longest has {max(self.lengths)}.")
+        return self._tokens[:, :length]
 
 
 class TokenPicker:
-    """Picks the target's token from its logits, as `generate` does without an assistant.
+    """Picks the target's tokens of one row from its logits, as `generate` does without an assistant.
 
     Args:
         logits_processor: run once for each picked token, on the prefix that it would see without drafts.
         do_sample: one multinomial draw instead of the most likely token.
+        generator: for the draws; torch's default one if None.
         keep_scores, keep_logits: collect processed and raw logits, float32 [1, vocab] a token.
+        agree: makes ranks that decode the same rows pick the same.
     """
 
     def __init__(
         self,
         logits_processor: LogitsProcessorList,
         do_sample: bool,
+        generator: torch.Generator | None = None,
         keep_scores: bool = False,
         keep_logits: bool = False,
+        agree: Agree = _alone,
     ):
         self.logits_processor = logits_processor
         self.do_sample = do_sample
+        self.generator = generator
         self.scores: list[torch.Tensor] | None = [] if keep_scores else None
         self.logits: list[torch.Tensor] | None = [] if keep_logits else None
+        self.agree = agree
 
     @property
     def needs_prefix(self) -> bool:
@@ -48,17 +106,30 @@ class TokenPicker:
         if self.scores is not None:
             self.scores.append(scores)
         if self.do_sample:
-            return int(torch.multinomial(scores.softmax(-1), num_samples=1))
-        return int(scores.argmax(-1))
+            token = torch.multinomial(scores.softmax(-1), num_samples=1, generator=self.generator)
+        else:
+            token = scores.argmax(-1)
+        return self.agree([int(token)])[0]
 
 
 class StopCheck:
-    """Whether a sequence ends with its newest token, asked after every token as `generate` asks without an assistant.
+    """When the rows of a batch end, at the token at which they end without drafts.
 
-    Length and end-of-sequence tokens, nearly all there ever is, are checked without a tensor.
+    Every criterion is asked after every token, once. Those of transformers that look at a row by itself are asked as
+    the row grows. A caller's own criteria may look at the whole batch: with several rows they are asked step by step,
+    with all rows at the same length as in plain decoding, as soon as the slowest row is there; what a faster row wrote
+    behind its end is taken back.
+
+    As in plain decoding, a row that has ended is padded where there is an end-of-sequence criterion, and else goes on
+    until all rows have ended.
+
+    Args:
+        criteria: of the call.
+        rows: rows of the batch.
+        agree: makes ranks that decode the same rows stop at the same token.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList):
+    def __init__(self, criteria: StoppingCriteriaList, rows: int, agree: Agree = _alone):
         self.max_length = min(
             (criterion.max_length for criterion in criteria if type(criterion) is MaxLengthCriteria), default=None
         )
@@ -68,76 +139,158 @@ class StopCheck:
             if type(criterion) is EosTokenCriteria
             for token in criterion.eos_token_id.flatten().tolist()
         }
-        self.others = StoppingCriteriaList(
-            criterion for criterion in criteria if type(criterion) not in (MaxLengthCriteria, EosTokenCriteria)
-        )
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.by_row, self.together = StoppingCriteriaList(), StoppingCriteriaList()
+        for criterion in criteria:
+            if type(criterion) in (MaxLengthCriteria, EosTokenCriteria):
+                continue
+            looks_at_a_row = rows == 1 or type(criterion) in (MaxTimeCriteria, StopStringCriteria)
+            (self.by_row if looks_at_a_row else self.together).append(criterion)
+        self.ends: list[int | None] = [None] * rows
+        self.asked: int | None = None  # length up to which `together` was asked
+        self.agree = agree
 
-    def __call__(self, input_ids: torch.LongTensor, token: int, scores: list[torch.Tensor] | None) -> bool:
-        """`input_ids` [1, tokens] end with `token`; `scores` are those kept so far."""
-        if token in self.eos_token_ids:
-            return True
-        if self.max_length is not None and input_ids.shape[1] >= self.max_length:
-            return True
-        return bool(self.others) and bool(self.others(input_ids, None if scores is None else tuple(scores)).all())
+    @property
+    def limit(self) -> int | None:
+        """Length that no row needs to exceed."""
+        return self.max_length if None in self.ends else max(self.ends)
+
+    def may_go_on(self, row: int, length: int) -> bool:
+        """Whether a row of this length takes another token."""
+        if self.pads and self.ends[row] is not None:
+            return False
+        return self.limit is None or length < self.limit
+
+    def __call__(self, row: int, token: int, tokens: TokenRows, scores: Sequence[torch.Tensor] | None = None) -> bool:
+        """Asked after every token of a row.
+
+        Args:
+            row: whose newest token is asked about.
+            token: the newest.
+            tokens: of the batch, the newest included.
+            scores: of the row so far, if they are kept.
+
+        Returns:
+            whether the row stops here.
+        """
+        length = tokens.lengths[row]
+        if self.ends[row] is None and self._ends(row, token, tokens, scores):
+            self.ends[row] = length
+        return not self.may_go_on(row, length)
+
+    def _ends(self, row: int, token: int, tokens: TokenRows, scores: Sequence[torch.Tensor] | None) -> bool:
+        ends = token in self.eos_token_ids
+        ends |= self.max_length is not None and tokens.lengths[row] >= self.max_length
+        if self.by_row:  # asked in any case, as they may keep state
+            asked = self.by_row(tokens.prefix(row), None if scores is None else tuple(scores))
+            ends |= bool(self.agree([int(torch.as_tensor(asked).all())])[0])
+        return ends
+
+    def available(self, tokens: TokenRows) -> int:
+        """Length up to which every row is known, by padding if it has ended."""
+        growing = [
+            length for length, end in zip(tokens.lengths, self.ends, strict=True) if not self.pads or end is None
+        ]
+        return min(growing) if None in self.ends else min([*growing, self.limit])
+
+    def ask_together(self, tokens: TokenRows, scores_up_to: Callable[[int], tuple[torch.Tensor, ...] | None]) -> None:
+        """Asks the criteria that look at the whole batch about all lengths that every row has reached.
+
+        Args:
+            tokens: of the batch; what lies behind an end that is found is taken back.
+            scores_up_to: gives the scores of all rows up to a length, if they are kept.
+        """
+        if not self.together:
+            return
+        self.asked = tokens.prompt_length if self.asked is None else self.asked
+        while self.asked < self.available(tokens):
+            self.asked += 1
+            found = self.together(tokens.up_to(self.asked).contiguous(), scores_up_to(self.asked))
+            found = torch.as_tensor(found).expand(len(self.ends)).long().tolist()
+            for row, ends in enumerate(self.agree(found)):
+                if ends and (self.ends[row] is None or self.ends[row] > self.asked):
+                    self.ends[row] = self.asked
+                    if self.pads:
+                        tokens.cut(row, self.asked)
+
+    def settled(self, tokens: TokenRows) -> int:
+        """Length up to which the rows' tokens are final."""
+        return self.available(tokens) if not self.together else self.asked
 
 
-@dataclass
 class Walk:
-    """What one verification gives.
-
-    Args:
-        input_ids: int64 [1, tokens], with the emitted tokens behind.
-        path: accepted nodes, the root first, whose keys and values the target keeps.
-        emitted: number of tokens added.
-        accepted: of these, tokens that were drafted.
-        finished: the sequence is complete.
-    """
-
-    input_ids: torch.LongTensor
-    path: list[int] = field(default_factory=lambda: [0])
-    emitted: int = 0
-    accepted: int = 0
-    finished: bool = False
-
-
-def walk(
-    tree: DraftTree,
-    logits: torch.Tensor,
-    input_ids: torch.LongTensor,
-    picker: TokenPicker,
-    stop: Callable[[torch.LongTensor, int, list[torch.Tensor] | None], bool],
-) -> Walk:
-    """Follows the target's own picks through the tree, from the root until a pick was not drafted.
+    """Follows the target's own picks through a row's tree, from the root until a pick was not drafted.
 
     The picks are the target's, so the text is the same as without drafts when greedy, and has the same distribution
     when sampled: the drafter only decides how far one pass reaches. A pick that leaves the tree is the round's extra
     token.
 
     Args:
-        tree: drafted nodes, batch of 1.
-        logits: [1, nodes, vocab] of the target at every node.
-        input_ids: int64 [1, tokens]; the last one is the root.
-        picker: how the target picks.
+        nodes: token of each node, the root first.
+        parents: parent of each node.
+        row: of the batch.
+        tokens: of the batch; the row's last one is the root. The emitted ones are appended.
         stop: asked after every token.
-    """
-    rows = [tree.tokens[0], tree.parents[0]]
-    if not picker.needs_prefix:
-        rows.append(logits[0].argmax(-1).to(tree.tokens.device))
-    tokens, parents, *picks = torch.stack(rows).tolist()  # the round's one wait for the device
-    children = {
-        (parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens, strict=True)) if node
-    }
+        picker: how the target picks.
+        logits: [nodes, vocab] of the target at every node.
+        picks: the target's token at every node, where it depends on nothing else.
 
-    result = Walk(input_ids=input_ids)
-    node: int | None = 0
-    while node is not None and not result.finished:
-        token = picks[0][node] if picks else picker.pick(result.input_ids, logits[:, node])
-        result.input_ids = torch.cat((result.input_ids, input_ids.new_tensor([[token]])), dim=1)
-        result.emitted += 1
-        result.finished = stop(result.input_ids, token, picker.scores)
-        node = children.get((node, token))
-        if node is not None:
-            result.accepted += 1
-            if not result.finished:
-                result.path.append(node)
-    return result
+    Attributes:
+        path: nodes whose keys and values the target keeps, the root first; one for each emitted token.
+        emitted: tokens added.
+        accepted: of these, tokens that were drafted.
+        node: where the walk stands; None once a pick has left the tree.
+        ended: the row stops here.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[int],
+        parents: Sequence[int],
+        row: int,
+        tokens: TokenRows,
+        stop: StopCheck,
+        picker: TokenPicker,
+        logits: torch.Tensor,
+        picks: Sequence[int] | None = None,
+    ):
+        pairs = enumerate(zip(parents, nodes, strict=True))
+        self._children = {(parent, token): node for node, (parent, token) in pairs if node}
+        self._row, self._tokens, self._stop, self._picker = row, tokens, stop, picker
+        self._logits, self._picks = logits, picks
+        self.path: list[int] = []
+        self.emitted: list[int] = []
+        self.accepted = 0
+        self.node: int | None = 0
+        self.ended = False
+
+    def advance(self) -> None:
+        """One token further."""
+        row, node = self._row, self.node
+        if self._picks is None:
+            token = self._picker.pick(self._tokens.prefix(row), self._logits[node : node + 1])
+        else:
+            token = self._picks[node]
+        self._tokens.append(row, [token])
+        self.emitted.append(token)
+        self.path.append(node)
+        self.node = self._children.get((node, token))
+        self.accepted += self.node is not None
+        self.ended = self._stop(row, token, self._tokens, self._picker.scores)
+
+
+def walk_all(walks: Sequence[Walk], in_step: bool = False) -> None:
+    """Takes every walk to its end.
+
+    Args:
+        walks: of the rows of a batch.
+        in_step: rows that go on stay of one length: the first to leave its tree ends the round.
+    """
+    going = list(walks)
+    while going:
+        for walk in going:
+            walk.advance()
+        left = any(walk.node is None and not walk.ended for walk in going)
+        going = [walk for walk in going if walk.node is not None and not walk.ended]
+        if in_step and left:
+            return

@@ -87,6 +87,7 @@ def test_demo_tells_all(pair, capsys):
     output = capsys.readouterr().out
     assert output.count("identical to the text without specialists") == 2
     assert "outputs identical: 2 of 2" in output
+    assert "(14 tokens in " in output  # of both prompts, without the first of each
     assert re.search(r"speed-up: \d+\.\d\dx, median of 2 paired runs", output)
     for told in ("tau ", "pos-acc  1: ", "written by: target", "without specialists:", "with specialists:"):
         assert told in output

@@ -6,7 +6,7 @@ import re
 import torch
 
 from hf_poss.cli.display import colored_text, describe_authors, describe_statistics, uses_color
-from hf_poss.statistics import CallStatistics, GenerationStatistics
+from hf_poss.statistics import CallRecord, CallStatistics, GenerationStatistics
 
 
 class Letters:
@@ -17,9 +17,12 @@ class Letters:
 
 
 def call(authors: list[int]) -> CallStatistics:
-    record = CallStatistics(positions_per_specialist=2, num_specialists=2, device=torch.device("cpu"))
-    record.authors = authors
-    return record
+    return CallStatistics(positions_per_specialist=2, num_specialists=2, authors=authors)
+
+
+def statistics_of(*texts: list[int]) -> GenerationStatistics:
+    """A call that wrote texts with these authors."""
+    return GenerationStatistics([CallRecord([call(authors) for authors in texts], torch.device("cpu"))])
 
 
 TEXT = "ab\ncd"
@@ -43,12 +46,14 @@ def test_each_author_has_a_colour():
 
 
 def test_authors_are_counted():
-    stats = GenerationStatistics([call(AUTHORS)])
-    assert describe_authors(stats) == "written by: target 2, specialist 1 2, specialist 2 1 (tokens)"
+    one = statistics_of(AUTHORS)
+    assert describe_authors(one) == "written by: target 2, specialist 1 2, specialist 2 1 (tokens)"
+    batch = statistics_of(AUTHORS, [0, 3])
+    assert describe_authors(batch) == "written by: target 3, specialist 1 2, specialist 2 2 (tokens)"
 
 
 def test_no_round_is_described_too():
-    assert "0 rounds" in describe_statistics(GenerationStatistics([call([0])]))
+    assert "0 rounds" in describe_statistics(statistics_of([0]))
 
 
 def test_only_a_terminal_gets_colours(monkeypatch):

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     stats = comparisons[0].statistics
     for comparison in comparisons[1:]:
-        stats.calls.extend(comparison.statistics.calls)
+        stats.records.extend(comparison.statistics.records)
     ratios = [ratio for comparison in comparisons for ratio in comparison.ratios]
     identical = sum(comparison.identical for comparison in comparisons)
     print(f"\noutputs identical: {identical} of {len(comparisons)}")

@@ -1,0 +1,101 @@
+"""What the nodes of a draft tree see, for each kind of layer that a target has."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+
+from .draft_tree import DraftTree
+
+
+__all__ = ["LayerKinds", "chain_mask", "tree_masks"]
+
+
+@dataclass(frozen=True)
+class LayerKinds:
+    """How far back the layers of a target look.
+
+    Args:
+        names: kinds of layers, by transformers' names.
+        window: tokens that a "sliding_attention" layer sees, itself included.
+        chunk: length of the spans that "chunked_attention" layers do not look out of.
+    """
+
+    names: tuple[str, ...]
+    window: int | None = None
+    chunk: int | None = None
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "LayerKinds":
+        """Read from a text config, as transformers' `create_masks_for_generate` reads it."""
+        window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+        if getattr(config, "layer_types", None) is not None:
+            names = tuple(sorted(set(config.layer_types)))
+        elif window is not None:
+            names = ("sliding_attention",)
+        else:
+            names = ("full_attention",) if chunk is None else ("chunked_attention",)
+        return cls(names, window, chunk)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Kinds for which no tree mask is known."""
+        known = {"full_attention"}
+        if self.window is not None:
+            known.add("sliding_attention")
+        if self.chunk is not None:
+            known.add("chunked_attention")
+        return sorted(set(self.names) - known)
+
+    @property
+    def windowed(self) -> bool:
+        return set(self.names) != {"full_attention"}
+
+
+def tree_masks(
+    kinds: LayerKinds,
+    tree: DraftTree,
+    context: torch.BoolTensor,
+    lengths: torch.LongTensor,
+    padding: torch.LongTensor,
+    dtype: torch.dtype,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive masks [rows, 1, nodes, width + nodes]: every node sees its row's context, itself and its ancestors, as
+    far as the layer looks back. One mask if all layers are of a kind, else one by kind.
+
+    Additive, because eager attention adds whatever mask it is given to the scores.
+
+    Args:
+        tree: the nodes.
+        context: bool [rows, width], entries of the row that are no padding.
+        lengths: int64 [rows], entries of context, padding included: the root's place in its sequence.
+        padding: int64 [rows], tokens of padding in front.
+        dtype: of the mask.
+    """
+    rows, width = context.shape
+    nodes = tree.tokens.shape[1]
+    visible = torch.cat((context[:, None].expand(-1, nodes, -1), tree.ancestor_mask().to(context.device)), dim=-1)
+    masks = {}
+    for name in kinds.names:
+        seen = visible
+        if name != "full_attention":
+            # Places in the sequence; a context column is its own place.
+            queries = lengths[:, None] + tree.depths.to(context.device)  # [rows, nodes]
+            columns = torch.arange(width, device=context.device).expand(rows, -1)
+            keys = torch.cat((columns, queries), dim=-1)  # [rows, width + nodes]
+            if name == "sliding_attention":
+                near = keys[:, None] > queries[:, :, None] - kinds.window
+            else:
+                spans, span = ((places - padding[:, None]) // kinds.chunk for places in (keys, queries))
+                near = spans[:, None] == span[:, :, None]
+            seen = visible & near
+        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        masks[name] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def chain_mask(context: torch.BoolTensor, nodes: int) -> torch.LongTensor:
+    """int64 [rows, width + nodes]: the mask of a chain for a target that makes its own masks, with 0 where a row has
+    padding or ends before the longest one."""
+    return F.pad(context.long(), (0, nodes), value=1)

@@ -1,0 +1,99 @@
+"""How a target verifies drafts: what it can take, and its inputs for a pass over them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .caches import TargetCache
+from .candidate_generator import DraftSettings
+from .compatibility import attention_of, input_device
+from .draft_tree import DraftTree
+from .limits import last_position
+from .masks import LayerKinds, chain_mask, tree_masks
+from .prompt import Prompt, takes_positions
+
+
+__all__ = ["Verifier"]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Verifier:
+    """How a target verifies drafts.
+
+    Args:
+        target: the model.
+        kinds: of its layers.
+        takes_trees: it takes masks from us; else it makes its own, from a mask of padding, and verifies chains only.
+        in_step: rows must stay of one length, since the target tells places in a text by columns.
+    """
+
+    target: PreTrainedModel
+    kinds: LayerKinds
+    takes_trees: bool
+    in_step: bool
+
+    @classmethod
+    def of(cls, target: PreTrainedModel, settings: DraftSettings, config: GenerationConfig, rows: int) -> "Verifier":
+        """Reads the target; logs once why it takes no trees, if it takes none.
+
+        Raises:
+            ValueError: if `output_attentions` is asked for and drafts are trees.
+        """
+        text, name = target.config.get_text_config(), target.__class__.__name__
+        kinds, attention = LayerKinds.of(text), attention_of(text)
+        by_column = not takes_positions(target) or bool(getattr(text, "alibi", False))
+        obstacle = None
+        if by_column:
+            obstacle = f"{name} takes no position ids or uses ALiBi, so two nodes cannot share a position"
+        elif attention not in ("eager", "sdpa"):
+            obstacle = f"{attention} attention takes no tree mask; load the target with `attn_implementation='sdpa'`"
+        elif kinds.unknown:
+            obstacle = f"{name} has layers of a kind without a tree mask ({', '.join(kinds.unknown)})"
+        takes_trees = obstacle is None
+        if not settings.is_chain:
+            if not takes_trees:
+                logger.warning_once(f"Drafting chains instead of trees: {obstacle}.")
+            elif config.return_dict_in_generate and config.output_attentions:
+                raise ValueError(
+                    "`output_attentions` was given; attentions are returned for chains. Set "
+                    "`poss.generation_config.draft_top_k = 1`, or leave it out."
+                )
+        return cls(target, kinds, takes_trees, not takes_trees and rows > 1 and (by_column or kinds.windowed))
+
+    def inputs(self, tree: DraftTree, cache: TargetCache, prompt: Prompt) -> dict[str, Any]:
+        """The target's inputs for one pass over the nodes of all active rows.
+
+        Args:
+            tree: the nodes, [active, nodes].
+            cache: what the target has read.
+            prompt: of the call.
+        """
+        columns, device, nodes = cache.columns, input_device(self.target), tree.tokens.shape[1]
+        rows = torch.tensor(columns.rows[: columns.active], device=prompt.mask.device)
+        lengths = torch.tensor(columns.lengths[: columns.active], device=device)
+        context = columns.in_use(device)
+        if prompt.is_padded:
+            known = prompt.mask[rows].to(device)[:, : context.shape[1]]
+            context[:, : known.shape[1]] &= known
+        if self.takes_trees:
+            mask = tree_masks(self.kinds, tree, context, lengths, prompt.padding[rows].to(device), self.target.dtype)
+        else:
+            mask = chain_mask(context, nodes) if prompt.is_padded or columns.ragged else None
+        inputs = {
+            "input_ids": tree.tokens.to(device),
+            "attention_mask": mask,
+            "past_key_values": cache.cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        if prompt.positions is not None:
+            first = prompt.positions[..., rows].to(device) + lengths - prompt.mask.shape[1] + 1
+            positions = first[..., None] + tree.depths.to(device)
+            limit = last_position(self.target)
+            inputs["position_ids"] = positions if limit is None else positions.clamp(max=limit)
+        return inputs
