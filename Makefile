@@ -12,12 +12,13 @@ FLOOR_VENV ?= .venv-floor
 demo: $(VENV)/.installed
 	$(BIN)/hf-poss demo
 
+# A process a core, each with one thread.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto tests
 
 # What touches `generate`, against the oldest release; packaging and the examples are tested once.
 test-floor: $(FLOOR_VENV)/.installed
-	$(FLOOR_VENV)/bin/python -m pytest tests --ignore=tests/test_package.py --ignore=tests/examples
+	OMP_NUM_THREADS=1 $(FLOOR_VENV)/bin/python -m pytest --numprocesses=auto tests --ignore=tests/test_package.py --ignore=tests/examples
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

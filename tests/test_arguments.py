@@ -266,6 +266,23 @@ def test_prompts_in_chunks(family, inputs, shape, compare):
         compare(small_target(family), inputs, shape, prefill_chunk_size=chunk)
 
 
+def test_masks_are_inferred_as_ever(target, inputs, shape):
+    """From the pad token."""
+    kwargs = {"max_new_tokens": 24, "do_sample": False}
+    plain = target.generate(inputs["input_ids"], **kwargs)
+    assert target.generate(inputs["input_ids"], assistant_model=drafter_for(target, shape), **kwargs).tolist() == (
+        plain.tolist()
+    )
+    assert plain.tolist() == target.generate(**inputs, **kwargs).tolist()
+
+
+def test_prompts_of_one_token(target, shape, compare):
+    prompts = left_padded([make_prompt(1, seed=seed) for seed in (1, 2, 4)])
+    compare(target, prompts, shape)
+    plain, _, _ = compare(target, prompts, shape, forced_bos_token_id=9)
+    assert plain[:, 1].tolist() == [9, 9, 9]
+
+
 def test_positions_of_the_callers_own(target, inputs, shape, compare):
     """They go on from the last one."""
     mask = inputs["attention_mask"]
@@ -939,7 +956,7 @@ def test_the_returned_cache_is_that_of_the_text(family, ends, inputs, shape, com
     lengths = lengths_of(plain.sequences, inputs, ends.get("eos_token_id", []))
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(plain.sequences[:, start + 1 :])), dim=1)
     for row, length in enumerate(lengths):
-        mask[row, start + length - 1 :] = 0
+        mask[row, start + length :] = 0  # the last token of a row is read if others go on
     for layer, plain_layer in enumerate(plain_cache.layers):
         assert type(cache.layers[layer]) is type(plain_layer)
         assert cache.layers[layer].keys.shape == plain_layer.keys.shape

@@ -143,3 +143,11 @@ def test_the_version_that_works_is_the_version_that_is_required():
     from hf_poss import compatibility
 
     assert compatibility._WORKING_VERSIONS in importlib.metadata.requires("hf-poss")
+
+
+def test_the_oldest_release_that_works_is_tested_and_told():
+    required = re.search(r'"transformers>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    tested = re.search(r"^FLOOR \?= transformers==([\d.]+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert tested == f"{required}.0"
+    assert f"transformers {tested}, the oldest that works" in (ROOT / "README.md").read_text()
+    assert "make test-floor" in (ROOT / ".ci" / "run").read_text()

@@ -134,6 +134,19 @@ def test_a_prompt_that_takes_all_positions(family, shape):
         assert generate(target, prompt, max_new_tokens=new, assistant_model=poss) == plain
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_a_text_that_reaches_the_last_position_and_one_that_outgrows_it(family, shape):
+    """The last token of a text is not read, so 33 tokens fit into 32 positions; drafts must not reach beyond."""
+    target = small_target(family, max_position_embeddings=32)
+    poss, prompt = drafter_for(target, shape), make_prompt(20)
+    plain = generate(target, prompt, max_new_tokens=13)
+    assert generate(target, prompt, max_new_tokens=13, assistant_model=poss) == plain
+    with pytest.raises(IndexError):
+        generate(target, prompt, max_new_tokens=14)
+    with pytest.raises(ValueError, match="outgrown the 32 positions"):
+        generate(target, prompt, max_new_tokens=14, assistant_model=poss)
+
+
 def test_padding_takes_no_positions(shape):
     target = small_target("gpt2", max_position_embeddings=16)
     inputs = left_padded([make_prompt(18), make_prompt(5)])

@@ -183,9 +183,8 @@ class _Loop:
         collected = self._collector(outputs, config)
         entries = prompt_entries(self.prompt.mask if self.prompt.is_padded else None, features)
         following = self._first_tokens(tokens, outputs.logits[:, -1], entries)
-        known, history = tokens, None
-        if outlives_call(self.cache.cache, config) and known.shape[1] == self.prompt.mask.shape[1]:
-            history = FeatureHistory(features)
+        outlives = outlives_call(self.cache.cache, config)
+        history = FeatureHistory(features) if outlives and tokens.shape == self.prompt.mask.shape else None
         del outputs
         while True:
             slots = self._retire(keep_one=synced_gpus)
@@ -200,28 +199,14 @@ class _Loop:
             self._enter("other")
             features = outputs.hidden_states[-1]
             walks = self._walk(tree, outputs.logits)
-            if history is not None:
-                for slot, walk in enumerate(walks):
-                    if walk is not None:
-                        history.add(self.columns.rows[slot], features[slot, walk.path])
-            self._keep(tree, walks, outputs, collected)
+            self._keep(tree, walks, outputs, collected, history)
             entries = [walk.path if walk is not None else [0] for walk in walks]
             following = [
                 walk.emitted if walk is not None else tree.tokens[slot, :1].tolist() for slot, walk in enumerate(walks)
             ]
-        if outlives_call(self.cache.cache, config):
+        if outlives:
             self._read_ends(flags, history, synced_gpus)
-        for slot, row in enumerate(self.columns.rows):
-            self.columns.lengths[slot] = min(self.columns.lengths[slot], self._held_in_the_end(row))
-        if self.record is not None:
-            for row, record in enumerate(self.record.rows):
-                length = min(self.text.lengths[row], self.stop.limit)
-                del record.authors[length - self.text.prompt_length :]
-        if history is not None:
-            hidden, columns = self.prompt.hidden, max(self.columns.lengths)
-            tokens = torch.cat((known[:, :hidden], self.text.up_to(columns - hidden)), dim=1)
-            lengths = [self.columns.lengths[self.columns.rows.index(row)] for row in range(len(self.columns.rows))]
-            history.remember(self.cache.cache, self.target, tokens, lengths)
+        self._finish(history, tokens)
         return collected
 
     @property
@@ -349,6 +334,9 @@ class _Loop:
         """Trees below the newest tokens; no deeper than some row has room for, unless they have to be `full`."""
         roots = torch.tensor([following[slot][-1] for slot in slots])
         depth = self.settings.depth
+        left = self.verifier.positions_left(self.cache, self.prompt)
+        if not full and left is not None:
+            depth = min(depth, left)
         if not full and self.stop.limit is not None:
             # The last token of the budget is the target's own, so a draft need not reach it.
             shortest = min(self.text.lengths[row] for row in self.columns.rows[: self.columns.active])
@@ -379,31 +367,14 @@ class _Loop:
         walk_all([walk for walk in walks if walk is not None], self.verifier.in_step)
         return walks
 
-    def _held_in_the_end(self, row: int) -> int:
-        """Entries of a row in the cache that a call leaves: all of its text but the very last token of the batch."""
-        length = self.stop.limit - 1
-        return self.prompt.hidden + (min(self.stop.ends[row], length) if self.stop.pads else length)
-
-    def _read_ends(self, flags: dict[str, Any], history: FeatureHistory | None, synced_gpus: bool) -> None:
-        """Lets the target read the last token of rows that ended before others, as it does in plain decoding."""
-        columns = self.columns
-        ended = [slot for slot, row in enumerate(columns.rows) if columns.lengths[slot] < self._held_in_the_end(row)]
-        groups = [[slot] for slot in ended] if self.verifier.in_step else [ended] * bool(ended)
-        while sequences_left(self.target, not groups, synced_gpus, self.prompt.mask.device):
-            group = groups.pop(0) if groups else []
-            for place, slot in enumerate(group):
-                self.cache.swap(place, slot)
-            columns.active = max(len(group), 1)  # without a group the pass is for the other processes
-            last = [self.text.prefix(row)[:, -1:] for row in columns.rows[: columns.active]]
-            tokens, zeros = torch.cat(last), torch.zeros_like(torch.cat(last))
-            roots = DraftTree(tokens, zeros, zeros, max_depth=0)
-            outputs = self.target(**self.verifier.inputs(roots, self.cache, self.prompt), **flags)
-            self.cache.keep_paths([[0]] * len(group))
-            if history is not None:
-                for slot in range(len(group)):
-                    history.add(columns.rows[slot], outputs.hidden_states[-1][slot])
-
-    def _keep(self, tree: DraftTree, walks: Sequence[Walk | None], outputs: Any, collected: RowOutputs) -> None:
+    def _keep(
+        self,
+        tree: DraftTree,
+        walks: Sequence[Walk | None],
+        outputs: Any,
+        collected: RowOutputs,
+        history: FeatureHistory | None,
+    ) -> None:
         """Keeps of the pass what was accepted."""
         columns = self.columns
         width = columns.width
@@ -414,6 +385,8 @@ class _Loop:
                 collected.add(
                     row, slot, walk.path, length, width, outputs.hidden_states, getattr(outputs, "attentions", None)
                 )
+                if history is not None:
+                    history.add(row, outputs.hidden_states[-1][slot, walk.path])
                 if self.record is not None:
                     levels = torch.bincount(tree.depths[slot], minlength=1)[1:].tolist()
                     self.record.rows[row].add_round(levels, walk.accepted, len(walk.emitted))
@@ -444,3 +417,48 @@ class _Loop:
             attentions if attentions and attentions[0] is not None else None,
             self.cache.windows,
         )
+
+    # ---- The end ----
+
+    def _held_in_the_end(self, row: int) -> int:
+        """Entries of a row in the cache that a call leaves: all of its text but the very last token of the batch."""
+        length = self.stop.limit - 1
+        return self.prompt.hidden + (min(self.stop.ends[row], length) if self.stop.pads else length)
+
+    def _read_ends(self, flags: dict[str, Any], history: FeatureHistory | None, synced_gpus: bool) -> None:
+        """Lets the target read the last token of rows that ended before others, as it does in plain decoding."""
+        columns = self.columns
+        ended = [slot for slot, row in enumerate(columns.rows) if columns.lengths[slot] < self._held_in_the_end(row)]
+        groups = [[slot] for slot in ended] if self.verifier.in_step else [ended] * bool(ended)
+        while sequences_left(self.target, not groups, synced_gpus, self.prompt.mask.device):
+            group = groups.pop(0) if groups else []
+            for place, slot in enumerate(group):
+                self.cache.swap(place, slot)
+            columns.active = max(len(group), 1)  # without a group the pass is for the other processes
+            last = [self.text.prefix(row)[:, -1:] for row in columns.rows[: columns.active]]
+            tokens, zeros = torch.cat(last), torch.zeros_like(torch.cat(last))
+            roots = DraftTree(tokens, zeros, zeros, max_depth=0)
+            outputs = self.target(**self.verifier.inputs(roots, self.cache, self.prompt), **flags)
+            self.cache.keep_paths([[0]] * len(group))
+            if history is not None:
+                for slot in range(len(group)):
+                    history.add(columns.rows[slot], outputs.hidden_states[-1][slot])
+
+    def _finish(self, history: FeatureHistory | None, tokens: torch.LongTensor) -> None:
+        """Cuts what rows hold behind their end, and keeps the features for a call that goes on from here.
+
+        Args:
+            tokens: int64 [rows, columns] of the prompt, the cached ones included if they are known.
+        """
+        columns = self.columns
+        for slot, row in enumerate(columns.rows):
+            columns.lengths[slot] = min(columns.lengths[slot], self._held_in_the_end(row))
+        if self.record is not None:
+            for row, record in enumerate(self.record.rows):
+                length = min(self.text.lengths[row], self.stop.limit)
+                del record.authors[length - self.text.prompt_length :]
+        if history is not None:
+            cached = tokens[:, : self.prompt.hidden]
+            tokens = torch.cat((cached, self.text.up_to(max(columns.lengths) - cached.shape[1])), dim=1)
+            lengths = [columns.lengths[columns.rows.index(row)] for row in range(len(columns.rows))]
+            history.remember(self.cache.cache, self.target, tokens, lengths)

@@ -95,5 +95,28 @@ class Verifier:
             first = prompt.positions[..., rows].to(device) + lengths - prompt.mask.shape[1] + 1
             positions = first[..., None] + tree.depths.to(device)
             limit = last_position(self.target)
-            inputs["position_ids"] = positions if limit is None else positions.clamp(max=limit)
+            if limit is not None:  # only where other processes need a draft of full depth does it reach beyond
+                positions = positions.clamp(max=limit)
+            inputs["position_ids"] = positions
         return inputs
+
+    def positions_left(self, cache: TargetCache, prompt: Prompt) -> int | None:
+        """How much deeper than its root a tree may be; None if the target can take any position.
+
+        Raises:
+            ValueError: if a text has outgrown the positions that the target learned.
+        """
+        limit, columns = last_position(self.target), cache.columns
+        if limit is None:
+            return None
+        roots = (
+            prompt.lengths[columns.rows[slot]] + columns.lengths[slot] - prompt.mask.shape[1]
+            for slot in range(columns.active)
+        )
+        left = limit - max(roots)
+        if left < 0:
+            raise ValueError(
+                f"A text has outgrown the {limit + 1} positions that {self.target.__class__.__name__} has embeddings "
+                "of. Lower `max_new_tokens` or `max_length`, or shorten the prompt."
+            )
+        return left
