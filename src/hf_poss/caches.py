@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from .compatibility import is_placeholder
+
 
 __all__ = ["Columns", "KeyValueBuffer", "SpecialistCache", "TargetCache"]
 
@@ -61,7 +63,8 @@ class Columns:
         width, moves = self.width, []
         for slot, path in enumerate(paths):
             end = self.lengths[slot]
-            moves += [(slot, width + node, end + i) for i, node in enumerate(path) if width + node != end + i]
+            if width != end or not isinstance(path, range):
+                moves += [(slot, width + node, end + i) for i, node in enumerate(path) if width + node != end + i]
             self.lengths[slot] += len(path)
         return torch.tensor(moves).T if moves else None
 
@@ -214,7 +217,7 @@ class TargetCache:
 
     def _check(self, rows: int) -> None:
         for layer in self.cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and isinstance(layer, CacheLayerMixin):
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not is_placeholder(layer):
                 raise ValueError(
                     f"`past_key_values` has a {type(layer).__name__}, which rejected drafts cannot be taken out of. "
                     "Pass a `DynamicCache`, or leave out `past_key_values` and `cache_implementation`."

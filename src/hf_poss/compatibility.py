@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation import PrefixConstrainedLogitsProcessor
@@ -32,6 +32,7 @@ __all__ = [
     "input_device",
     "is_hooked",
     "is_pipeline_parallel",
+    "is_placeholder",
     "keeps_state",
     "mark_as_own",
     "original_method",
@@ -183,6 +184,15 @@ def outlives_call(cache: Cache, generation_config: GenerationConfig) -> bool:
     return returned or getattr(cache, "_is_user_defined", not _MARKS_CACHES)
 
 
+# Stands in a cache for a layer that reads the keys and values of another one.
+_PLACEHOLDER = getattr(cache_utils, "DummyLayer", ())
+
+
+def is_placeholder(layer: Any) -> bool:
+    """Whether a layer of a cache never holds anything."""
+    return isinstance(layer, _PLACEHOLDER)
+
+
 def input_device(target: PreTrainedModel) -> torch.device:
     """Where `target` takes its tokens; `target.device` is `meta` if its embedding is offloaded."""
     return device_of(target.get_input_embeddings())
@@ -204,9 +214,14 @@ def attention_of(config: PreTrainedConfig) -> str:
     return config._attn_implementation
 
 
+# Kinds of layers, by transformers' names, with a state beside or in place of keys and values.
+_STATEFUL_LAYERS = {"conv", "hybrid", "hybrid_sliding", "linear_attention", "mamba"}
+
+
 def keeps_state(target: PreTrainedModel) -> bool:
     """Whether a model keeps a state that cannot go back to an earlier token."""
-    return getattr(target, "_is_stateful", False)
+    layers = getattr(target.config.get_text_config(), "layer_types", None) or ()
+    return getattr(target, "_is_stateful", False) or not _STATEFUL_LAYERS.isdisjoint(layers)
 
 
 def mark_as_own(generation_config: GenerationConfig) -> None:
