@@ -45,15 +45,9 @@ class Verifier:
             ValueError: if `output_attentions` is asked for and drafts are trees.
         """
         text, name = target.config.get_text_config(), target.__class__.__name__
-        kinds, attention = LayerKinds.of(text), attention_of(text)
-        by_column = not takes_positions(target) or bool(getattr(text, "alibi", False))
-        obstacle = None
-        if by_column:
-            obstacle = f"{name} takes no position ids or uses ALiBi, so two nodes cannot share a position"
-        elif attention not in ("eager", "sdpa"):
-            obstacle = f"{attention} attention takes no tree mask; load the target with `attn_implementation='sdpa'`"
-        elif kinds.unknown:
-            obstacle = f"{name} has layers of a kind without a tree mask ({', '.join(kinds.unknown)})"
+        kinds = LayerKinds.of(text)
+        column_bound = _column_obstacle(target)
+        obstacle = column_bound or _mask_obstacle(name, kinds, attention_of(text))
         takes_trees = obstacle is None
         if not settings.is_chain:
             if not takes_trees:
@@ -63,7 +57,9 @@ class Verifier:
                     "`output_attentions` was given; attentions are returned for chains. Set "
                     "`poss.generation_config.draft_top_k = 1`, or leave it out."
                 )
-        return cls(target, kinds, takes_trees, not takes_trees and rows > 1 and (by_column or kinds.windowed))
+        return cls(
+            target, kinds, takes_trees, not takes_trees and rows > 1 and (column_bound is not None or kinds.windowed)
+        )
 
     def inputs(self, tree: DraftTree, cache: TargetCache, prompt: Prompt) -> dict[str, Any]:
         """The target's inputs for one pass over the nodes of all active rows.
@@ -120,3 +116,22 @@ class Verifier:
                 "of. Lower `max_new_tokens` or `max_length`, or shorten the prompt."
             )
         return left
+
+
+def _column_obstacle(target: PreTrainedModel) -> str | None:
+    """Why a node's column in a pass has to be its place in the text, or None."""
+    text, name = target.config.get_text_config(), target.__class__.__name__
+    if not takes_positions(target) or getattr(text, "alibi", False):
+        return f"{name} takes no position ids or uses ALiBi, so two nodes cannot share a position"
+    if "local" in getattr(text, "attention_layers", ()):  # GPT-Neo
+        return f"{name} counts the columns of a pass for its windows, so two nodes cannot share a position"
+    return None
+
+
+def _mask_obstacle(name: str, kinds: LayerKinds, attention: str) -> str | None:
+    """Why a target cannot be given a tree's mask, or None."""
+    if attention not in ("eager", "sdpa"):
+        return f"{attention} attention takes no tree mask; load the target with `attn_implementation='sdpa'`"
+    if kinds.unknown:
+        return f"{name} has layers of a kind without a tree mask ({', '.join(kinds.unknown)})"
+    return None
