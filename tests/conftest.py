@@ -1,11 +1,15 @@
 """Tiny models that every test shares. All of them are made here from seeds; pretrained ones are optional."""
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3TextConfig,
@@ -17,6 +21,9 @@ from transformers import (
     Qwen3Config,
     set_seed,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging as transformers_logging
 
 from hf_poss import PosSCandidateGenerator, PosSModel
 from hf_poss.draft_tree import DraftTree
@@ -151,6 +158,13 @@ def small_target(family: str = "llama", attention: str = "sdpa", seed: int | Non
     return widened(AutoModelForCausalLM.from_config(settings, attn_implementation=attention).eval(), scale)
 
 
+def unknown_attention() -> str:
+    """Name of an attention that computes what sdpa does; whether it takes tree masks is not known of it."""
+    AttentionInterface.register("some_kernel", sdpa_attention_forward)
+    AttentionMaskInterface.register("some_kernel", sdpa_mask)
+    return "some_kernel"
+
+
 def widened(target: PreTrainedModel, scale: float) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in target.parameters():
@@ -237,3 +251,16 @@ def stories() -> tuple[PreTrainedModel, object]:
     """A pretrained Llama that tells little stories, with its tokenizer."""
     folder = pretrained_folder("stories260k")
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def warnings_seen(caplog, monkeypatch) -> Callable[..., list[str]]:
+    """Gives the warnings so far: those of this package, or of the logger that is named. Once-only ones count anew."""
+    transformers_logging.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # it keeps them to itself otherwise
+
+    def seen(of: str = "hf_poss") -> list[str]:
+        records = (record for record in caplog.records if record.levelno == logging.WARNING)
+        return [record.getMessage() for record in records if record.name.startswith(of)]
+
+    return seen

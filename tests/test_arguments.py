@@ -9,7 +9,17 @@ from datetime import timedelta
 
 import pytest
 import torch
-from conftest import PAD, SHAPES, SMALL_VOCAB, drafter_for, left_padded, make_prompt, small_target, with_slips
+from conftest import (
+    PAD,
+    SHAPES,
+    SMALL_VOCAB,
+    drafter_for,
+    left_padded,
+    make_prompt,
+    small_target,
+    unknown_attention,
+    with_slips,
+)
 from scipy.stats import chi2, chi2_contingency
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import distributed, nn
@@ -944,10 +954,13 @@ def real_entries(cache, layer, row, mask):
 
 
 @pytest.mark.parametrize("ends", [{}, STAGGERED, ONE_AT_ONCE], ids=["no_eos", "eos", "one_at_once"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "unknown_attention"])
 def test_the_returned_cache_is_that_of_the_text(family, ends, inputs, shape, compare):
     """Entries of all tokens, of rows that end at different times too; layers come back as they were made."""
-    target = small_target(family)
+    if family == "unknown_attention":  # rows that have to stay of one length
+        target = small_target("mistral", attention=unknown_attention())
+    else:
+        target = small_target(family)
     plain, output, _ = compare(target, inputs, shape, return_dict_in_generate=True, **ends)
     cache, plain_cache = output.past_key_values, plain.past_key_values
     assert type(cache) is type(plain_cache)

@@ -162,3 +162,28 @@ def test_what_cannot_be_copied_is_refused_for_several_rows():
     with pytest.raises(ValueError, match="Locked cannot be copied.*__deepcopy__.*row by row"):
         processors_by_row(LogitsProcessorList([Locked()]), 2)
     processors_by_row(LogitsProcessorList([Locked()]), 1)
+
+
+def test_processors_that_hold_an_item_a_row_serve_their_row():
+    class Biased(LogitsProcessor):
+        def __init__(self, bias):
+            self.bias = bias
+
+        def __call__(self, input_ids, scores):
+            return scores + self.bias
+
+    class Listed(LogitsProcessor):
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            for row, token in enumerate(self.tokens):
+                scores[row, token] += 1.0 + input_ids[row, -1]
+            return scores
+
+    prompts, scores = torch.arange(6).view(3, 2), torch.randn(3, 5)
+    for mine in (Biased(torch.randn(3, 5)), Listed([1, 4, 2])):
+        expected = mine(prompts, scores)
+        for row, (own,) in enumerate(processors_by_row(LogitsProcessorList([mine]), 3)):
+            torch.testing.assert_close(own(prompts[row : row + 1], scores[row : row + 1]), expected[row : row + 1])

@@ -17,6 +17,7 @@ from transformers import (
     Idefics3Config,
     LlavaConfig,
     Mistral3Config,
+    PaliGemmaConfig,
     PixtralVisionConfig,
     PreTrainedModel,
     QuantoConfig,
@@ -27,7 +28,6 @@ from transformers import (
     TorchAoConfig,
     set_seed,
 )
-from transformers.utils import logging
 
 from hf_poss import PosSCandidateGenerator, PosSModel, collect_statistics
 from hf_poss.compatibility import device_of
@@ -327,13 +327,11 @@ def test_gradients_reach_features_through_an_offloaded_head(offloaded):
 
 
 @pytest.mark.parametrize(("kind", "warns"), [("head", True), ("all", True), ("a_layer", False)])
-def test_an_offloaded_head_warns_once(kind, warns, offloaded, caplog):
-    logging.warning_once.cache_clear()
+def test_an_offloaded_head_warns_once(kind, warns, offloaded, warnings_seen):
     target, config = offloaded(kind), PosSModel.from_target(small_target()).config
     for _ in range(2):
         TargetReference.from_target(target, config)
-    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("hf_poss")]
-    assert len(warnings) == warns and all("`lm_head`" in warning for warning in warnings)
+    assert len(warnings_seen()) == warns and all("`lm_head`" in warning for warning in warnings_seen())
 
 
 def test_the_device_that_a_module_computes_on(offloaded):
@@ -452,6 +450,18 @@ WRAPPERS: dict[str, tuple[Callable[[], Any], tuple[int, float], dict[str, torch.
         (6, 16.0),
         {"pixel_values": PIXELS, "image_sizes": torch.tensor([[8, 8]])},
     ),
+    "paligemma": (  # whose positions count from 1
+        lambda: PaliGemmaConfig(
+            text_config={"model_type": "gemma", **TEXT},
+            vision_config=SiglipVisionConfig(**VISION, image_size=8, patch_size=4, projection_dim=32),
+            image_token_index=IMAGE,
+            hidden_size=32,
+            projection_dim=32,
+            tie_word_embeddings=False,
+        ),
+        (3, 16.0),
+        {"pixel_values": PIXELS},
+    ),
     "qwen2_vl": (
         lambda: Qwen2VLConfig(
             text_config=QWEN_TEXT,
@@ -506,7 +516,7 @@ def image_inputs(name: str, rows: int) -> dict[str, torch.Tensor]:
     prompts = [torch.cat((first[:, :2], image, first[:, 2:]), 1), torch.cat((second[:, :5], image, second[:, 5:]), 1)]
     inputs = left_padded(prompts[:rows])
     is_image = (inputs["input_ids"] == IMAGE).long()
-    if name == "gemma3":
+    if name in ("gemma3", "paligemma"):
         inputs["token_type_ids"] = is_image
     elif name.startswith("qwen"):
         inputs["mm_token_type_ids"] = is_image

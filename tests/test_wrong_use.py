@@ -1,16 +1,22 @@
 """Wrong use is refused with what was found, what was expected and what to do, and leaves everything as it was."""
 
-import logging as python_logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPES, drafter_for, left_padded, make_poss, make_prompt, make_target, small_target
-from transformers import DynamicCache, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from conftest import SHAPES, drafter_for, left_padded, make_poss, make_prompt, make_target, small_target, widened
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+    PreTrainedModel,
+)
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
 
 from hf_poss import PosSCandidateGenerator, PosSModel, collect_statistics
 
@@ -27,14 +33,6 @@ def shape(request) -> str:
 @pytest.fixture
 def target() -> PreTrainedModel:
     return small_target()
-
-
-@pytest.fixture
-def warnings_seen(caplog, monkeypatch):
-    """Warnings of this package and of transformers, whose logger keeps them to itself otherwise."""
-    logging.warning_once.cache_clear()
-    monkeypatch.setattr(python_logging.getLogger("transformers"), "propagate", True)
-    return lambda: [record.getMessage() for record in caplog.records if record.levelno == python_logging.WARNING]
 
 
 def passes(target: PreTrainedModel) -> list[None]:
@@ -110,6 +108,28 @@ def test_a_drafter_without_weights(part, target, shape):
     with pytest.raises(ValueError, match=r"weights are on (cpu, )?meta; expected one device"):
         generate(target, PROMPTS[0], assistant_model=poss)
     assert not counted
+
+
+def test_a_target_without_a_cache(shape):
+    config = OpenAIGPTConfig(vocab_size=12, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    target = widened(OpenAIGPTLMHeadModel(config).eval(), 6.0)
+    plain = generate(target, make_prompt(5))
+    with pytest.raises(ValueError, match="not filled the cache.*without this assistant"):
+        generate(target, make_prompt(5), assistant_model=drafter_for(target, shape))
+    assert generate(target, make_prompt(5)) == plain
+
+
+def test_a_head_that_does_more_than_its_last_layer_warns_and_writes_the_same(shape, warnings_seen):
+    """The specialists know one module as the head; what a target does behind it they do not see."""
+    target = small_target()
+
+    def reverse(module, inputs, output):
+        output.logits = output.logits.flip(-1)
+
+    target.register_forward_hook(reverse)
+    plain = generate(target, make_prompt(5))
+    assert generate(target, make_prompt(5), assistant_model=drafter_for(target, shape)) == plain
+    assert sum("drafts are scored otherwise" in message for message in warnings_seen()) == 1
 
 
 # ---- Prompts and drafts beyond the limits ----
@@ -325,6 +345,6 @@ def test_padding_behind_the_prompt_warns_as_ever(target, shape, warnings_seen):
         values[1] = values[1].roll(PROMPTS[1].shape[1])
     assert inputs["attention_mask"][1].tolist() == [1, 1, 1, 0, 0, 0, 0]
     plain = generate(target, **inputs)
-    stock = [warning for warning in warnings_seen() if "right-padding" in warning]
+    stock = [warning for warning in warnings_seen("transformers") if "right-padding" in warning]
     assert generate(target, **inputs, assistant_model=drafter_for(target, shape)) == plain
-    assert [warning for warning in warnings_seen() if "right-padding" in warning] == stock * 2 and stock
+    assert [warning for warning in warnings_seen("transformers") if "right-padding" in warning] == stock * 2 and stock

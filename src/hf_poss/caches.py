@@ -219,8 +219,9 @@ class TargetCache:
         for layer in self.cache.layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not is_placeholder(layer):
                 raise ValueError(
-                    f"`past_key_values` has a {type(layer).__name__}, which rejected drafts cannot be taken out of. "
-                    "Pass a `DynamicCache`, or leave out `past_key_values` and `cache_implementation`."
+                    f"The cache has a {type(layer).__name__}, which rejected drafts cannot be taken out of. Leave out "
+                    "`past_key_values` and `cache_implementation`; if the target makes such layers by itself, call "
+                    "`generate` without this assistant."
                 )
             held = getattr(layer, "keys", None)
             if held is not None and held.numel() and held.shape[0] != rows:
@@ -275,7 +276,16 @@ class TargetCache:
             layer.buffer.states = None
 
     def commit(self, entries: int) -> None:
-        """The last pass, the same number of entries in every row, was no draft."""
+        """The last pass, the same number of entries in every row, was no draft.
+
+        Raises:
+            ValueError: if it left nothing in the cache.
+        """
+        if not any(self._layers()):
+            raise ValueError(
+                "The target has not filled the cache that it was given, so drafts cannot be verified against it. Call "
+                "`generate` without this assistant."
+            )
         self.columns.keep([range(entries)] * self.columns.active)
 
     def keep_paths(self, paths: Sequence[Sequence[int]]) -> None:

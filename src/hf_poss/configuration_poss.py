@@ -263,4 +263,6 @@ def _logit_scale(text: PreTrainedConfig) -> float:
     if (scaling := _first(text, "logits_scaling")) is not None:
         # HyperCLOVA X multiplies by it; Granite, which named it, divides.
         return float(scaling) if text.model_type.startswith("hyperclovax") else 1.0 / float(scaling)
+    if text.model_type == "mpt":  # has a `logit_scale` that its class does not apply
+        return 1.0
     return float(_first(text, "logit_scale") or 1.0)

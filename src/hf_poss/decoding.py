@@ -244,14 +244,37 @@ class _Loop:
                 is_first_iteration=True,
                 **(model_kwargs | columns_of(model_kwargs, start, end, total)),
             )
+            # Some targets hand on another cache (Phi-3 beyond its original length) or other positions (PaliGemma's
+            # count from 1) than they were given.
+            inputs["past_key_values"] = self.cache.cache
+            if inputs.get("position_ids") is not None and prompt.positions is not None:
+                prompt.positions = inputs["position_ids"][..., -1].expand(prompt.positions.shape)
             outputs = self.target(**{**inputs, **overrides, "return_dict": True})
             self.cache.commit(end - start)
-            features.append(outputs.hidden_states[-1])
+            features.append(self._features(outputs))
         self._enter("other")
         tokens = input_ids[:, prompt.cached - prompt.hidden :]
         if known is not None:
             tokens = torch.cat((known.tokens.to(tokens.device), tokens), dim=1)
         return outputs, torch.cat(features, dim=1) if len(features) > 1 else features[0], tokens
+
+    def _features(self, outputs: Any) -> torch.Tensor:
+        """Last hidden states [rows, tokens, hidden] of a pass over the prompt, and whether drafts can be told from
+        them."""
+        features, name = outputs.hidden_states[-1], self.target.__class__.__name__
+        if features.dim() != 3:
+            raise ValueError(
+                f"The last hidden state of {name} has the shape {list(features.shape)}; specialists read [rows, "
+                "tokens, hidden]. Call `generate` without this assistant."
+            )
+        logits = outputs.logits[:, -1].float()
+        drafted = self.drafter.reference.logits(features[:, -1].to(self.drafter.assistant_model.device))
+        if (logits - drafted.to(logits.device)).abs().mean() > 0.1 * logits.std():
+            logger.warning_once(
+                f"The logits of {name} are not those of its head for its last hidden state. The text is right in any "
+                "case, but drafts are scored otherwise than the target scores, and few may be accepted."
+            )
+        return features
 
     def _read_cached(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> CachedFeatures | None:
         """Features of what a caller's cache holds: kept from the call that filled it, or computed again."""

@@ -62,7 +62,10 @@ def _check_mode(mode: GenerationMode, config: GenerationConfig, kwargs: dict[str
             "`assistant_tokenizer` was given; position specialists write the target's own tokens. Leave it out."
         )
     if config.use_cache is False:
-        raise ValueError("`use_cache=False` was given; drafts are verified against a cache. Leave it out.")
+        raise ValueError(
+            "`use_cache` is False, as an argument or in the target's config; drafts are verified against a cache. "
+            "Pass `use_cache=True`."
+        )
     if config.cache_implementation not in _PLAIN_CACHES:
         raise ValueError(
             f"`cache_implementation={config.cache_implementation!r}` was given; drafts are verified in a dynamic "

@@ -25,10 +25,12 @@ def processors_by_row(processors: LogitsProcessorList, rows: int) -> list[Logits
     """The processors of each row of a batch.
 
     A row sees the prefix that it would see without drafts, once for every emitted token, as a batch of one. Processors
-    that know which row they serve (`prefix_allowed_tokens_fn`, guidance with negative prompts, penalties on the
-    prompt) serve that row. Others of transformers keep no state and are shared. A processor of the caller's own may
-    keep state over the prefix: row 0 takes the object itself, every other row a deep copy, in which modules and
-    tokenizers are shared.
+    of transformers that know which row they serve (`prefix_allowed_tokens_fn`, guidance with negative prompts,
+    penalties on the prompt) serve that row; its others keep no state and are shared.
+
+    A processor of the caller's own may keep state over the prefix: row 0 takes the object itself, every other row a
+    deep copy, in which modules and tokenizers are shared. One that holds an item a row (an attribute as long as the
+    batch) tells rows by their place, and is called with a batch in which every row is the one that it serves.
 
     Raises:
         ValueError: if the caller's processor cannot be copied.
@@ -65,9 +67,30 @@ def _for_row(processor: LogitsProcessor, row: int, rows: int) -> LogitsProcessor
         own.prompt_ignore_length = _row_of(ignored, row, rows)
         return own
     stateless = type(processor).__module__.startswith("transformers.")
-    if row == 0 or (stateless and type(processor) is not SynthIDTextWatermarkLogitsProcessor):
+    if stateless and type(processor) is not SynthIDTextWatermarkLogitsProcessor:
         return processor
-    return _copied(processor)
+    own = processor if row == 0 else _copied(processor)
+    return _InItsPlace(own, row, rows) if _tells_rows(processor, rows) else own
+
+
+def _tells_rows(processor: LogitsProcessor, rows: int) -> bool:
+    attributes = getattr(processor, "__dict__", {}).values()
+    return any(
+        len(value) == rows
+        for value in attributes
+        if isinstance(value, (list, tuple, dict)) or (isinstance(value, torch.Tensor) and value.dim())
+    )
+
+
+class _InItsPlace(LogitsProcessor):
+    """Runs a processor on a batch in which every row is the given one, and takes the row at that one's place."""
+
+    def __init__(self, processor: LogitsProcessor, row: int, rows: int):
+        self.processor, self.row, self.rows = processor, row, rows
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        batch = (states.repeat(self.rows, 1) for states in (input_ids, scores))
+        return self.processor(*batch)[self.row : self.row + 1]
 
 
 def _row_of(states: Any, row: int, rows: int) -> Any:
