@@ -220,8 +220,8 @@ class TargetCache:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not is_placeholder(layer):
                 raise ValueError(
                     f"The cache has a {type(layer).__name__}, which rejected drafts cannot be taken out of. Pass a "
-                    "`DynamicCache`, or leave out `past_key_values` and `cache_implementation`; if the target makes such "
-                    "layers by itself, call `generate` without this assistant."
+                    "`DynamicCache`, or leave out `past_key_values` and `cache_implementation`; if the target makes "
+                    "such layers by itself, call `generate` without this assistant."
                 )
             held = getattr(layer, "keys", None)
             if held is not None and held.numel() and held.shape[0] != rows:
