@@ -36,33 +36,23 @@ PAD = 0
 TOP_K = {"chain": 1, "tree": 4}
 SHAPES = list(TOP_K)
 
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+}
+
 # A GPT-2 has learned absolute positions and no RoPE; Qwen3 has heads of its own width and norms on queries and keys.
 TARGET_CONFIGS = {
-    "llama": lambda: LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    ),
-    "qwen3": lambda: Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    ),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB_SIZE,
         n_embd=32,
@@ -90,35 +80,14 @@ TARGET_CONFIGS = {
 
 # Windows of 8 tokens: in every layer, and in every other one.
 WINDOW_CONFIGS = {
-    "mistral": lambda: MistralConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    ),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=8),
     "gemma3": lambda: Gemma3TextConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        **SIZES,
         head_dim=8,
         query_pre_attn_scalar=8,
         layer_types=["sliding_attention", "full_attention"],
         tie_word_embeddings=False,
         sliding_window=8,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=0,
     ),
 }
 

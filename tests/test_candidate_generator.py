@@ -543,3 +543,10 @@ def test_settings_out_of_range_are_refused(poss, knob, least, bad):
         setattr(poss.generation_config, knob, value)
         with pytest.raises(ValueError, match=rf"{knob}.*integer of {least} or more"):
             DraftSettings.of(poss, "cpu")
+
+
+def test_a_chain_has_a_node_a_position_and_a_tree_what_it_is_given():
+    chain, tree = DraftSettings(depth=6, top_k=1, total_tokens=2), DraftSettings(depth=6, top_k=4, total_tokens=9)
+    assert chain.up_to(4) == DraftSettings(depth=4, top_k=1, total_tokens=5)
+    assert chain.up_to(8) == DraftSettings(depth=6, top_k=1, total_tokens=7)
+    assert tree.up_to(4) == DraftSettings(depth=4, top_k=4, total_tokens=9)

@@ -297,15 +297,16 @@ class TargetCache:
 
     def retire(self, slot: int) -> None:
         """Takes a finished row out of the passes; its entries stay."""
-        self.columns.active -= 1
-        self.swap(slot, self.columns.active)
+        self._swap_entries(*self.columns.retire(slot))
 
     def swap(self, slot: int, other: int) -> None:
         """The rows in two slots change places."""
-        width = max(self.columns.lengths)
         self.columns.swap(slot, other)
+        self._swap_entries(slot, other)
+
+    def _swap_entries(self, slot: int, other: int) -> None:
         for layer in self._layers():
-            layer.buffer.swap(slot, other, width)
+            layer.buffer.swap(slot, other, max(self.columns.lengths))
 
     def _layers(self) -> Iterator[_VerifyingLayer]:
         return (layer for layer in self.cache.layers if isinstance(layer, _VerifyingLayer) and layer.buffer.states)

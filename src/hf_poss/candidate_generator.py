@@ -1,7 +1,7 @@
 """Depth-routed drafting: draft position k runs specialist s(k) on the features of position k - 1."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,6 +72,11 @@ class DraftSettings:
     def is_chain(self) -> bool:
         return self.top_k == 1
 
+    def up_to(self, depth: int) -> "DraftSettings":
+        """These settings, no deeper than `depth`; a chain has a node a position, whatever `total_tokens` says."""
+        depth = min(self.depth, depth)
+        return replace(self, depth=depth, total_tokens=depth + 1 if self.is_chain else self.total_tokens)
+
 
 class PosSCandidateGenerator(AssistedCandidateGenerator):
     """Candidates for one `generate` call, drafted by position specialists, for any number of rows.
@@ -130,7 +135,6 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         self.caches = [SpecialistCache(self.columns) for _ in assistant_model.layers]
         self.query: torch.Tensor | None = None  # fused input of each slot's last entry, [active, 1, hidden]
         self.prompt_mask = model_kwargs.get("attention_mask")
-        self.last_draft: torch.LongTensor | None = None  # [1, drafted]
 
     # ---- The contract of transformers' assisted decoding ----
 
@@ -164,12 +168,12 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
             entries = range(int(n_last_matches) + 1)
         features = features[:, list(entries)]
         self.extend_context(features, input_ids[:, -features.shape[1] :])
-        depth = min(self.settings.depth, self.main_model_max_length - input_ids.shape[1] - 1)
-        self.last_draft = input_ids[:, :0]
-        if depth > 0:
-            tree = self.draft(input_ids[:, -1], DraftSettings(depth, top_k=1, total_tokens=depth + 1))
-            self.last_draft = _until_eos(tree.tokens[:, 1:].to(input_ids.device), self.eos_token_ids)
-        return torch.cat((input_ids, self.last_draft), dim=1), None
+        settings = replace(self.settings, top_k=1).up_to(self.main_model_max_length - input_ids.shape[1] - 1)
+        if settings.depth < 1:
+            return input_ids, None
+        tree = self.draft(input_ids[:, -1], settings)
+        drafted = _until_eos(tree.tokens[:, 1:].to(input_ids.device), self.eos_token_ids)
+        return torch.cat((input_ids, drafted), dim=1), None
 
     def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int) -> None:
         """The depth of drafts stays as it is."""

@@ -16,17 +16,17 @@ class CachedFeatures:
     """Features of the tokens in a cache.
 
     Args:
-        target: the model that computed them.
         tokens: int64 [rows, columns].
         features: [rows, columns, hidden]; zero where a row holds nothing.
     """
 
-    target: "weakref.ref[PreTrainedModel]"
     tokens: torch.LongTensor
     features: torch.Tensor
 
 
-_memory: "weakref.WeakKeyDictionary[Cache, CachedFeatures]" = weakref.WeakKeyDictionary()
+# With the model that computed them.
+_Known = tuple["weakref.ref[PreTrainedModel]", CachedFeatures]
+_memory: "weakref.WeakKeyDictionary[Cache, _Known]" = weakref.WeakKeyDictionary()
 
 
 class FeatureHistory:
@@ -53,7 +53,7 @@ class FeatureHistory:
         features = self._parts[0][0].new_zeros(*tokens.shape, self._parts[0][0].shape[-1])
         for row, (parts, length) in enumerate(zip(self._parts, lengths, strict=True)):
             features[row, :length] = torch.cat(parts)[:length]
-        _memory[cache] = CachedFeatures(weakref.ref(target), tokens.clone(), features)
+        _memory[cache] = weakref.ref(target), CachedFeatures(tokens.clone(), features)
 
 
 def recall(
@@ -65,13 +65,13 @@ def recall(
         mask: bool [rows, columns] of what the cache holds, False for padding.
         tokens: int64 [rows, columns], what the caller says that it holds; None if it is not said.
     """
-    known = _memory.get(cache)
+    computed_by, known = _memory.get(cache, (None, None))
     rows, columns = mask.shape
-    if known is None or known.target() is not target or known.tokens.shape[0] != rows:
+    if known is None or computed_by() is not target or known.tokens.shape[0] != rows:
         return None
     if known.tokens.shape[1] < columns or (tokens is None and known.tokens.shape[1] != columns):
         return None
     held = known.tokens[:, :columns]
     if tokens is not None and bool(((tokens.to(held.device) != held) & mask.to(held.device)).any()):
         return None
-    return CachedFeatures(known.target, held, known.features[:, :columns])
+    return CachedFeatures(held, known.features[:, :columns])

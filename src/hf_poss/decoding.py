@@ -1,6 +1,5 @@
 """The decoding loop: draft below every row, verify all in one pass of the target, walk; until all rows end."""
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,11 +77,9 @@ def decode(
     verifier = Verifier.of(target, settings, config, rows)
     if not verifier.takes_trees:
         settings = replace(settings, top_k=1)
-    room = max(config.max_length - input_ids.shape[1] - 1, 1)
     check_positions(target, prompt.longest)
-    depth = min(settings.depth, room)
-    total = depth + 1 if settings.is_chain else settings.total_tokens
-    check_memory(target, depth, settings.top_k, total, rows, input_ids.shape[1])
+    first = settings.up_to(max(config.max_length - input_ids.shape[1] - 1, 1))
+    check_memory(target, first.depth, first.top_k, first.total_tokens, rows, input_ids.shape[1])
 
     drafter = PosSCandidateGenerator(
         input_ids, assistant_model, config, model_kwargs, target, inputs_tensor, logits_processor
@@ -251,16 +248,16 @@ class _Loop:
                 prompt.positions = inputs["position_ids"][..., -1].expand(prompt.positions.shape)
             outputs = self.target(**{**inputs, **overrides, "return_dict": True})
             self.cache.commit(end - start)
-            features.append(self._features(outputs))
+            features.append(outputs.hidden_states[-1])
+        self._check_features(outputs)
         self._enter("other")
         tokens = input_ids[:, prompt.cached - prompt.hidden :]
         if known is not None:
             tokens = torch.cat((known.tokens.to(tokens.device), tokens), dim=1)
         return outputs, torch.cat(features, dim=1) if len(features) > 1 else features[0], tokens
 
-    def _features(self, outputs: Any) -> torch.Tensor:
-        """Last hidden states [rows, tokens, hidden] of a pass over the prompt, and whether drafts can be told from
-        them."""
+    def _check_features(self, outputs: Any) -> None:
+        """Whether drafts can be told from the last hidden states of a pass over the prompt."""
         features, name = outputs.hidden_states[-1], self.target.__class__.__name__
         if features.dim() != 3:
             raise ValueError(
@@ -274,7 +271,6 @@ class _Loop:
                 f"The logits of {name} are not those of its head for its last hidden state. The text is right in any "
                 "case, but drafts are scored otherwise than the target scores, and few may be accepted."
             )
-        return features
 
     def _read_cached(self, input_ids: torch.LongTensor, model_kwargs: dict[str, Any]) -> CachedFeatures | None:
         """Features of what a caller's cache holds: kept from the call that filled it, or computed again."""
@@ -296,7 +292,7 @@ class _Loop:
             **(kept | columns_of(model_kwargs, 0, prompt.cached, prompt.mask.shape[1])),
         )
         outputs = target(**{**inputs, **self.drafter.model_kwargs_overrides, "return_dict": True})
-        return CachedFeatures(weakref.ref(target), tokens, outputs.hidden_states[-1])
+        return CachedFeatures(tokens, outputs.hidden_states[-1])
 
     def _first_tokens(
         self, tokens: torch.LongTensor, logits: torch.Tensor, entries: Sequence[Sequence[int]]
@@ -367,9 +363,7 @@ class _Loop:
         if depth < 1:
             zeros = torch.zeros_like(roots[:, None])
             return DraftTree(tokens=roots[:, None], parents=zeros, depths=zeros, max_depth=0)
-        settings = self.settings
-        total = depth + 1 if settings.is_chain else settings.total_tokens
-        return self.ranks.agree_on_tree(self.drafter.draft(roots, replace(settings, depth=depth, total_tokens=total)))
+        return self.ranks.agree_on_tree(self.drafter.draft(roots, self.settings.up_to(depth)))
 
     def _walk(self, tree: DraftTree, logits: torch.Tensor) -> list[Walk | None]:
         """Walks of the active slots; None for one that is finished and waits for other processes."""

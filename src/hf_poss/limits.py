@@ -31,8 +31,7 @@ def check_positions(target: PreTrainedModel, tokens: int) -> None:
 
 
 def last_position(target: PreTrainedModel) -> int | None:
-    """The last position id that the target can take, where it learned an embedding of each; a draft may reach beyond
-    the end of a text, and is discarded there."""
+    """The last position id that the target can take, where it learned an embedding of each; None where any will do."""
     text = target.config.get_text_config()
     rotary = getattr(text, "rope_parameters", None)
     limit = getattr(text, "max_position_embeddings", None)
