@@ -262,6 +262,18 @@ def test_from_eagle_reads_a_saved_model_of_one_specialist(llama, tmp_path):
     assert_same_weights(poss.fc.state_dict(), one.fc.state_dict())
 
 
+def test_from_eagle_takes_over_what_the_layer_reads_and_drafts(llama, tmp_path):
+    shape = {"positions_per_specialist": 2, "num_draft_positions": 2, "feature_layers": [0, 2], "draft_vocab_size": 9}
+    one = make_poss(llama, **shape).set_draft_vocabulary(torch.arange(97))
+    one.save_pretrained(tmp_path)
+    poss = PosSModel.from_eagle(tmp_path, positions_per_specialist=1, num_draft_positions=3)
+    assert poss.config.feature_layers == [0, 2]
+    assert torch.equal(poss.feature_fc.weight, one.feature_fc.weight)
+    assert torch.equal(poss.draft_vocabulary, one.draft_vocabulary)
+    other = PosSModel.from_eagle(tmp_path, draft_vocab_size=5)
+    assert other.draft_vocabulary.tolist() == [-1] * 5
+
+
 def test_from_eagle_refuses_several_layers(llama, poss, tmp_path):
     folder = write_checkpoint(tmp_path / "PosS2-tiny", published_weights(2))
     poss.save_pretrained(tmp_path / "own")

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -27,7 +28,10 @@ from transformers import (
 )
 
 from hf_poss import PosSConfig, PosSModel
-from hf_poss.modeling_poss import TargetReference, chain_counts, position_losses, roll_out_attention
+from hf_poss import losses as losses_module
+from hf_poss import roll_out as roll_out_module
+from hf_poss.losses import LOSSES
+from hf_poss.modeling_poss import TargetReference, chain_counts
 
 
 VOCAB, HIDDEN = 97, 32
@@ -291,8 +295,8 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(poss, monkeypatch, tmp_
 # ---- The roll-out, against one row at a time in float64 ----
 
 
-def slow_roll_out(poss, embedding, features, next_tokens, position_ids, valid):
-    """Every row on its own: a softmax over the keys it may see, nothing else. Differentiable, for one sample."""
+def slow_roll_out(poss, embedding, features, next_tokens, position_ids):
+    """Every row on its own: a softmax over the keys it may see, nothing else. Differentiable, for one document."""
     config, weights = poss.config, {name: value.double() for name, value in poss.named_parameters()}
     rows, dim = len(features), config.head_dim
     features, group = features.double(), config.num_attention_heads // config.num_key_value_heads
@@ -320,7 +324,7 @@ def slow_roll_out(poss, embedding, features, next_tokens, position_ids, valid):
         predicted = []
         for row in range(rows):
             start = row - position + 1  # the round's last committed row
-            seen = [(streams[0][r], r) for r in range(start + 1) if valid[r]]
+            seen = [(streams[0][r], r) for r in range(start + 1)]
             seen += [(streams[j][start + j], start + j) for j in range(1, position) if start + j >= 0]
             own, heads = streams[-1][row], []
             for head in range(config.num_attention_heads):
@@ -351,28 +355,47 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_roll_out_equals_rows_on_their_own(case):
-    poss = attach_random(widen(unattached(**case)))
-    features, tokens = random_rows(rows=6)
-    position_ids = torch.tensor([[0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7, 8]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    cotangents = [
-        random_rows(rows=6, seed=k)[0] * mask[..., None] for k in range(1, poss.config.num_draft_positions + 1)
-    ]
+# By sample the lengths of its documents, of 7 rows; the rest is padding.
+DOCUMENTS = {"one": [[7], [7]], "padded": [[7], [5]], "packed": [[3, 4], [1, 2, 2]]}
 
-    found = poss.roll_out(features, tokens, position_ids=position_ids, attention_mask=mask)
+
+@pytest.mark.parametrize(
+    ("chunk", "documents", "checkpointing"),
+    [(128, "one", False), (2, "one", False), (3, "padded", False), (2, "packed", False), (128, "packed", True)],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_a_roll_out_equals_rows_on_their_own(case, chunk, documents, checkpointing, monkeypatch):
+    monkeypatch.setattr(roll_out_module, "CHUNK_ROWS", chunk)
+    poss = attach_random(widen(unattached(**case))).train()
+    if checkpointing:
+        enable = getattr(poss, "activation_checkpointing_enable", poss.gradient_checkpointing_enable)
+        enable()
+    features, tokens = random_rows(rows=7)
+    position_ids, segment_ids = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
+    spans = []
+    for b, lengths in enumerate(DOCUMENTS[documents]):
+        start = 0
+        for number, length in enumerate(lengths, start=1):
+            spans.append((b, slice(start, start + length)))
+            position_ids[b, start : start + length] = torch.arange(length) + 3 * b
+            segment_ids[b, start : start + length] = number
+            start += length
+    positions = poss.config.num_draft_positions
+    cotangents = [random_rows(rows=7, seed=k)[0] * (segment_ids > 0)[..., None] for k in range(1, positions + 1)]
+
+    given = None if documents == "one" else segment_ids
+    found = poss.roll_out(features, tokens, position_ids=position_ids, segment_ids=given)
     sum((x * y).sum() for x, y in zip(found, cotangents, strict=True)).backward()
     found_grads = {name: value.grad.double() for name, value in poss.named_parameters()}
 
     poss.zero_grad()
     expected_loss = 0
-    for b in range(2):
-        expected = slow_roll_out(poss, poss.reference.embed_tokens, features[b], tokens[b], position_ids[b], mask[b])
-        for k in range(poss.config.num_draft_positions):
-            rows = mask[b].bool()
-            torch.testing.assert_close(found[k][b][rows].double(), expected[k][rows], rtol=1e-4, atol=1e-4)
-            expected_loss = expected_loss + (expected[k] * cotangents[k][b]).sum()
+    for b, rows in spans:
+        parts = features[b][rows], tokens[b][rows], position_ids[b][rows]
+        expected = slow_roll_out(poss, poss.reference.embed_tokens, *parts)
+        for k in range(positions):
+            torch.testing.assert_close(found[k][b][rows].double(), expected[k], rtol=1e-4, atol=1e-4)
+            expected_loss = expected_loss + (expected[k] * cotangents[k][b][rows]).sum()
     expected_loss.backward()
     for name, value in poss.named_parameters():
         scale = value.grad.abs().max().item()
@@ -408,7 +431,7 @@ def test_padding_weighs_nothing():
     features, tokens = random_rows(rows=7)
     mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
     with torch.no_grad():
-        padded = poss.roll_out(features, tokens, attention_mask=mask)
+        padded = poss.roll_out(features, tokens, segment_ids=mask)
         alone = poss.roll_out(features[1:, :5], tokens[1:, :5])
     for one, other in zip(padded, alone, strict=True):
         torch.testing.assert_close(one[1, :5], other[0], rtol=1e-5, atol=1e-5)
@@ -420,11 +443,24 @@ def test_padding_on_the_left_weighs_nothing():
     mask = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
     position_ids = torch.tensor([list(range(9)), [0] * 3 + list(range(6))])
     with torch.no_grad():
-        padded = poss.roll_out(features, tokens, attention_mask=mask, position_ids=position_ids)
+        padded = poss.roll_out(features, tokens, segment_ids=mask, position_ids=position_ids)
         alone = poss.roll_out(features[1:, 3:], tokens[1:, 3:])
     for one, other in zip(padded, alone, strict=True):
         torch.testing.assert_close(one[1, 3:], other[0], rtol=1e-5, atol=1e-5)
         assert one.isfinite().all()
+
+
+def test_compiled_it_computes_the_same(llama):
+    torch.compiler.reset()
+    poss = make_poss(llama, num_draft_positions=3).train()
+    features, tokens = random_rows(rows=7)
+    gradients = []
+    for model in (poss, torch.compile(poss, backend="aot_eager")):
+        poss.zero_grad()
+        model(input_ids=tokens, features=features).loss.backward()
+        gradients.append({name: value.grad.clone() for name, value in poss.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
 def test_one_specialist_rolls_out_the_same_whatever_the_span():
@@ -457,7 +493,7 @@ def test_no_gradient_reaches_the_target(poss, llama):
     features, tokens = random_rows()
     features.requires_grad_(True)
     poss.train()
-    poss(input_ids=tokens, features=features, topk_loss_weight=1.0).loss.backward()
+    poss(input_ids=tokens, features=features, losses=dict.fromkeys(LOSSES, 1.0)).loss.backward()
     assert all(parameter.grad is None for parameter in llama.parameters())
     assert all(parameter.grad is not None for parameter in poss.parameters())
 
@@ -474,49 +510,47 @@ def test_no_gradient_reaches_a_head_of_another_class():
     assert poss.fc.weight.grad.any()
 
 
-def shapes_saved_by(function):
-    shapes = []
+class LiveBytes(TorchDispatchMode):
+    """Most bytes of results alive at a time, and elements of the largest one."""
 
-    def pack(tensor):
-        shapes.append(tuple(tensor.shape))
-        return tensor
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.largest, self.known = 0, 0, 0, set()
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    return shapes, result
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    elements = 0
+    def _freed(self, key, size):
+        self.known.discard(key)
+        self.live -= size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        self.elements = max([self.elements, *sizes])
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                self.largest = max(self.largest, storage.nbytes())
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.live)
         return result
 
 
-def test_scores_do_not_wait_for_backward():
-    rows = 61
-    poss = attach_random(unattached(num_draft_positions=5, positions_per_specialist=2)).train()
+def memory_of_a_step(poss, rows) -> LiveBytes:
     features, tokens = random_rows(batch=1, rows=rows)
+    with LiveBytes() as memory:
+        poss(input_ids=tokens, features=features).loss.backward()
+    return memory
 
-    def scores(shapes):
-        return [shape for shape in shapes if len(shape) >= 3 and shape[-2] == rows and shape[-1] >= rows - 1]
 
-    query = torch.randn(1, 4, rows, 8, requires_grad=True)
-    direct, _ = shapes_saved_by(lambda: roll_out_attention(query, [(query, query)] * 2))
-    assert scores(direct), "attention keeps its scores where nothing is done about it"
-
-    with LargestTensor() as largest:
-        saved, predictions = shapes_saved_by(lambda: poss.roll_out(features, tokens))
-        assert saved
-        assert not scores(saved)
-        sum(prediction.sum() for prediction in predictions).backward()
-    # One position's scores at a time: [1, heads, rows, rows + earlier positions].
-    assert largest.elements <= 4 * rows * (rows + 5)
+def test_memory_grows_with_rows(monkeypatch):
+    """Not with their square, and no logits of all rows exist."""
+    monkeypatch.setattr(losses_module, "CHUNK_ENTRIES", 16 * VOCAB)
+    monkeypatch.setattr(roll_out_module, "CHUNK_ROWS", 16)
+    poss = attach_random(unattached(num_draft_positions=5, positions_per_specialist=2)).train()
+    short, long = memory_of_a_step(poss, 128), memory_of_a_step(poss, 512)
+    assert long.most < 4.4 * short.most
+    widest = max(2 * HIDDEN, 48)  # fused inputs and the MLP
+    assert long.largest <= 4 * max(512 * widest, 16 * (512 + 5 * 16) * 4)
 
 
 # ---- Losses ----
@@ -538,20 +572,6 @@ def slow_losses(predicted, target, logits, target_logits, top_k):
     return feature / len(predicted), sum(part for _, part in parts), sum(part for _, part in best)
 
 
-@pytest.mark.parametrize("top_k", [1, 3, 50])
-def test_losses_of_a_position(top_k):
-    torch.manual_seed(0)
-    predicted, target = 2 * torch.randn(2, 2, 3, 8)
-    logits, target_logits = 2 * torch.randn(2, 2, 3, 11)
-    weights = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])
-    expected = [0.0, 0.0, 0.0]
-    for b, t in weights.nonzero().tolist():
-        row = slow_losses(predicted[b, t], target[b, t], logits[b, t], target_logits[b, t], min(top_k, 11))
-        expected = [total + part for total, part in zip(expected, row, strict=True)]
-    found = position_losses(predicted, target, logits, target_logits, weights, top_k)
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-5)
-
-
 def test_the_loss_compares_predictions_with_the_targets_next_feature():
     poss = attach_random(widen(unattached(num_draft_positions=3), 2.0))
     features, tokens = random_rows(rows=6)
@@ -559,7 +579,7 @@ def test_the_loss_compares_predictions_with_the_targets_next_feature():
     labels = tokens.clone()
     labels[0, 2:4] = -100
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    weights = {"feature_loss_weight": 0.7, "token_loss_weight": 0.3, "topk_loss_weight": 0.2}
+    losses = {"feature": 0.7, "token": 0.3, "topk": 0.2}
     with torch.no_grad():
         output = poss(
             input_ids=tokens,
@@ -568,29 +588,31 @@ def test_the_loss_compares_predictions_with_the_targets_next_feature():
             labels=labels,
             attention_mask=mask,
             loss_top_k=4,
-            **weights,
+            losses=losses,
+            position_weights=[1.0, 0.5, 0.25],
         )
-        predictions = poss.roll_out(noisy[:, :-1], tokens[:, 1:], attention_mask=mask[:, :-1])
+        predictions = poss.roll_out(noisy[:, :-1], tokens[:, 1:], segment_ids=mask[:, :-1])
         head = poss.reference.lm_head.weight
         # Row t predicts the feature of t + 1, and counts where that one is labelled and no padding.
         counted = [(b, t) for b in range(2) for t in range(5) if labels[b, t + 1] != -100 and mask[b, t + 1]]
         assert len(counted) == 3 + 3
-        means = torch.zeros(3, 3, dtype=torch.float64)
+        sums = torch.zeros(2, 3, 3, dtype=torch.float64)  # [samples, losses, positions]
         for k in range(3):
             for b, t in counted:
                 predicted, target = predictions[k][b, t], features[b, t + 1]
-                losses = slow_losses(predicted, target, head @ predicted, head @ target, 4)
-                means[k] += torch.tensor(losses, dtype=torch.float64) / len(counted)
-    torch.testing.assert_close(output.position_losses.double(), means, rtol=1e-4, atol=1e-5)
-    expected = (means * torch.tensor([0.7, 0.3, 0.2])).sum()
+                row = slow_losses(predicted, target, head @ predicted, head @ target, 4)
+                sums[b, :, k] += torch.tensor(row, dtype=torch.float64)
+    torch.testing.assert_close(output.loss_sums.double(), sums, rtol=1e-4, atol=1e-5)
+    weights = torch.tensor([[0.7], [0.3], [0.2]]) * torch.tensor([1.0, 0.5, 0.25])
+    expected = (sums.sum(0) * weights).sum() / len(counted)
     torch.testing.assert_close(output.loss.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_default_weights_are_those_of_the_public_code(poss):
     features, tokens = random_rows()
     output = poss(input_ids=tokens, features=features)
-    expected = (output.position_losses * torch.tensor([1.0, 0.1, 0.0])).sum()
-    torch.testing.assert_close(output.loss, expected)
+    named = poss(input_ids=tokens, features=features, losses={"feature": 1.0, "token": 0.1})
+    assert torch.equal(output.loss, named.loss)
 
 
 def test_rows_that_do_not_count_change_nothing(poss):
@@ -625,10 +647,16 @@ def test_parts_of_a_batch_add_up(poss, as_tensor):
     torch.testing.assert_close(sum(parts), whole)
 
 
-def test_training_does_not_count(poss):
+def test_position_weights_of_another_depth_are_refused(poss):
     features, tokens = random_rows()
-    assert poss.train()(input_ids=tokens, features=features).counts is None
-    assert poss.eval()(input_ids=tokens, features=features).counts.shape == (2, 4, 4)
+    with pytest.raises(ValueError, match="`position_weights` has 2 entries; expected one for each of the 4"):
+        poss(input_ids=tokens, features=features, position_weights=[1.0, 0.5])
+
+
+def test_unknown_losses_are_refused(poss):
+    features, tokens = random_rows()
+    with pytest.raises(ValueError, match="no loss 'hidden'; expected some of feature, token"):
+        poss(input_ids=tokens, features=features, losses={"hidden": 1.0})
 
 
 @pytest.mark.parametrize(

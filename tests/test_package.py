@@ -117,6 +117,19 @@ print("whole again")
         ), line
 
 
+@pytest.mark.parametrize("method", ["_get_train_sampler", "_push_from_checkpoint", "_save_checkpoint"])
+def test_a_trainer_without_what_ours_overrides_is_refused(method):
+    from transformers import Trainer
+
+    from hf_poss.compatibility import check_trainer
+
+    check_trainer(Trainer)
+    for broken in (None, lambda self: None):
+        other = type("OtherTrainer", (Trainer,), {method: broken})
+        with pytest.raises(ImportError, match=rf"lacks .*{method}.*pip install 'transformers>=5\.\d+'"):
+            check_trainer(other)
+
+
 # ---- What is declared ----
 
 

@@ -15,7 +15,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from hf_poss import PosSCandidateGenerator, PosSModel
 from hf_poss.candidate_generator import DraftSettings
-from hf_poss.modeling_poss import TargetReference, position_losses
+from hf_poss.losses import roll_out_losses
+from hf_poss.modeling_poss import TargetReference
 
 
 CASES_FOLDER = Path(os.environ.get("HF_POSS_REFERENCE_CASES") or Path(__file__).parent / "data" / "reference")
@@ -97,22 +98,19 @@ def test_training_predictions_agree(case):
 
 
 def test_losses_agree(case):
-    head, mask = case.head, case.expected["train.loss_mask"].float()
-    target_features = case.expected["train.target_hidden_states"]
+    predictions, mask = case.roll_out(), case.expected["train.loss_mask"].float()
+    names = ("feature", "token", "topk")
 
-    losses = torch.stack(
-        [
-            position_losses(
-                predicted,
-                target_features,
-                predicted @ head.T,
-                target_features @ head.T,
-                mask,
-                case.meta["topk_loss_k"],
-            )
-            for predicted in case.roll_out()
-        ]
-    ) / (mask.sum() + 1e-5)
+    found = roll_out_losses(
+        predictions,
+        case.expected["train.target_hidden_states"],
+        mask.bool(),
+        case.poss.draft_head(case.poss.reference),
+        dict.fromkeys(names, 1.0),
+        [1.0] * len(predictions),
+        case.meta["topk_loss_k"],
+    )
+    losses = found.sums.sum(0).T / (mask.sum() + 1e-5)  # [positions, losses]
 
     torch.testing.assert_close(losses, case.expected["train.losses_smoothl1_ce_topk"], rtol=TOLERANCE, atol=0.0)
 

@@ -11,8 +11,9 @@ from transformers.generation import AssistedCandidateGenerator
 from transformers.utils import ModelOutput, logging
 
 from .caches import Columns, SpecialistCache
-from .compatibility import LAST_HIDDEN_STATE, device_of, input_device
+from .compatibility import device_of, input_device
 from .draft_tree import DraftTree, DraftTreeBuilder
+from .features import hidden_states_wanted, select_features
 from .modeling_poss import PosSModel, RotaryAngles, TargetReference
 
 
@@ -119,6 +120,8 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
     ):
         super().__init__(input_ids, assistant_model, generation_config, model_kwargs, inputs_tensor, logits_processor)
         self.reference = TargetReference.from_target(target, assistant_model.config)
+        self.head = assistant_model.draft_head(self.reference)
+        self.feature_layers = assistant_model.config.feature_layers
         head_device = device_of(target.get_output_embeddings())
         if assistant_model.device != head_device:
             logger.warning_once(
@@ -128,7 +131,9 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         self.settings = DraftSettings.of(assistant_model, input_device(target))
         self.num_assistant_tokens = self.settings.depth
         every_layer = generation_config.output_hidden_states
-        self.model_kwargs_overrides = {"output_hidden_states": True if every_layer else LAST_HIDDEN_STATE}
+        self.model_kwargs_overrides = {
+            "output_hidden_states": True if every_layer else hidden_states_wanted(self.feature_layers)
+        }
         self.eos_token_ids = eos_token_ids(generation_config)
 
         self.columns = Columns(input_ids.shape[0])
@@ -161,7 +166,7 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         """
         if is_first_iteration or model_outputs is None:
             return input_ids, None
-        features = model_outputs.hidden_states[-1]
+        features = self.features_of(model_outputs)
         if self.query is None:
             entries = prompt_entries(self.prompt_mask, features)[0]
         else:  # the pass saw the accepted tokens first and the rejected ones behind them
@@ -180,6 +185,10 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
 
     # ---- Drafting ----
 
+    def features_of(self, outputs: ModelOutput) -> torch.Tensor:
+        """What specialists read of a pass of the target, [rows, tokens, feature size]."""
+        return select_features(outputs.hidden_states, self.feature_layers)
+
     def extend_context(
         self, features: torch.Tensor, next_tokens: torch.LongTensor, counts: Sequence[int] | None = None
     ) -> None:
@@ -188,7 +197,7 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         Costs `fc`, key and value projections an entry and specialist, nothing else.
 
         Args:
-            features: [active, entries, hidden] of the target.
+            features: [active, entries, feature size] of the target.
             next_tokens: int64 [active, entries], the token that follows each.
             counts: for each slot how many of its entries count, the first ones; all if None.
 
@@ -202,7 +211,7 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
                 "The target's hidden states hold NaN or infinite values, so nothing can be drafted from them. "
                 "Run the target in bfloat16 or float32, and check its weights."
             )
-        features = features.to(device=poss.device, dtype=poss.dtype)
+        features = poss.project(features.to(device=poss.device, dtype=poss.dtype))
         fused = poss.fuse(self.reference.embed(next_tokens, like=features), features)
         first = torch.tensor(columns.lengths[:rows], device=fused.device)[:, None]
         rotary = poss.rotary(fused, first + torch.arange(entries, device=fused.device))
@@ -234,7 +243,7 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         """
         poss: PosSModel = self.assistant_model
         device = self.query.device
-        builder = DraftTreeBuilder(root_tokens.to(device), settings.top_k)
+        builder = DraftTreeBuilder(root_tokens.to(device), settings.top_k, self.head.vocabulary)
         rows = self.columns.active
         first = torch.tensor(self.columns.lengths[:rows], device=device)[:, None] - 1  # of each row's last entry
         cos, sin = poss.rotary(
@@ -255,7 +264,7 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
                 cache.append_nodes(*layer.keys_values(*_joined(new)))
             attended = _attend(layer.queries(fused, rotary), *cache.keys_values(), beyond, hidden)
             features = layer.complete(fused, attended)  # [active, frontier, hidden]
-            frontier = builder.grow(self.reference.logits(features))
+            frontier = builder.grow(self.head.logits(features))
             if position == settings.depth:
                 break
             features = features.gather(1, frontier.parents[:, :, None].expand(-1, -1, features.shape[-1]))

@@ -5,7 +5,8 @@ Nothing else in the package touches these names.
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,18 @@ from transformers.utils import output_capturing
 __all__ = [
     "CANDIDATES",
     "DECODE",
-    "LAST_HIDDEN_STATE",
+    "SELECTS_HIDDEN_STATES",
     "VALIDATE",
     "attention_of",
+    "check_trainer",
+    "commit_of",
     "custom_generate_source",
     "device_of",
     "input_device",
     "is_hooked",
     "is_pipeline_parallel",
     "is_placeholder",
+    "is_plain_linear",
     "keeps_state",
     "mark_as_own",
     "original_method",
@@ -45,6 +49,8 @@ __all__ = [
     "replace_method",
     "sequences_left",
     "tensor_parallel_group",
+    "train_on_one_device",
+    "unsharded_class",
 ]
 
 _WORKING_VERSIONS = "transformers>=5.15"
@@ -64,23 +70,31 @@ _HOOKS = {
         "assistant_model",
     ),
 }
+# What `PosSTrainer` overrides beyond Trainer's public methods.
+_TRAINER_METHODS = {
+    "_get_output_dir": ("trial",),
+    "_get_train_sampler": ("train_dataset",),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "_save_checkpoint": ("model", "trial"),
+    "_save_rng_state": ("output_dir",),
+}
 # Where a pipeline loads the assistant that it was given.
 _PIPELINE_HOOK = "load_assistant_model"
 
 
-def _check_hooks() -> None:
+def _missing_methods(owner: type, methods: dict[str, tuple[str, ...]]) -> list[str]:
     missing = []
-    for name, arguments in _HOOKS.items():
-        method = getattr(GenerationMixin, name, None)
+    for name, arguments in methods.items():
+        method = getattr(owner, name, None)
         if method is None:
-            missing.append(f"GenerationMixin.{name}")
+            missing.append(f"{owner.__name__}.{name}")
             continue
         parameters = inspect.signature(inspect.unwrap(method)).parameters
         missing.extend(f"{name}({argument}=)" for argument in arguments if argument not in parameters)
-    if not hasattr(pipelines, _PIPELINE_HOOK):
-        missing.append(f"pipelines.base.{_PIPELINE_HOOK}")
-    if not hasattr(AssistedCandidateGenerator, "requires_model_outputs"):
-        missing.append("CandidateGenerator.requires_model_outputs")
+    return missing
+
+
+def _refuse_release(missing: list[str]) -> None:
     if missing:
         raise ImportError(
             f"transformers {transformers.__version__} lacks what hf_poss hooks into: {', '.join(missing)}. "
@@ -88,13 +102,30 @@ def _check_hooks() -> None:
         )
 
 
+def _check_hooks() -> None:
+    missing = _missing_methods(GenerationMixin, _HOOKS)
+    if not hasattr(pipelines, _PIPELINE_HOOK):
+        missing.append(f"pipelines.base.{_PIPELINE_HOOK}")
+    if not hasattr(AssistedCandidateGenerator, "requires_model_outputs"):
+        missing.append("CandidateGenerator.requires_model_outputs")
+    _refuse_release(missing)
+
+
+def check_trainer(trainer: type) -> None:
+    """Refuses a release of transformers whose Trainer lacks what `PosSTrainer` overrides.
+
+    Raises:
+        ImportError: with the versions that work.
+    """
+    _refuse_release(_missing_methods(trainer, _TRAINER_METHODS))
+
+
 _check_hooks()
 _owners: dict[str, Any] = {**dict.fromkeys(_HOOKS, GenerationMixin), _PIPELINE_HOOK: pipelines}
 _originals: dict[str, Callable[..., Any]] = {name: getattr(owner, name) for name, owner in _owners.items()}
 
-# Value of `output_hidden_states` that makes the target return its last hidden state. Newer releases take an index and
-# keep that layer only; older ones keep all layers.
-LAST_HIDDEN_STATE: int | bool = -1 if hasattr(output_capturing, "selected_hidden_states") else True
+# Newer releases take a list of layers as `output_hidden_states` and keep these only; older ones keep all.
+SELECTS_HIDDEN_STATES = hasattr(output_capturing, "selected_hidden_states")
 
 
 def original_method(name: str) -> Callable[..., Any]:
@@ -193,6 +224,15 @@ def is_placeholder(layer: Any) -> bool:
     return isinstance(layer, _PLACEHOLDER)
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a matrix at hand and nothing else: no hook, adapter, shard, packed or offloaded weight."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    if type(module) is not nn.Linear or hooks:
+        return False
+    weight = module.weight
+    return type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.is_meta
+
+
 def input_device(target: PreTrainedModel) -> torch.device:
     """Where `target` takes its tokens; `target.device` is `meta` if its embedding is offloaded."""
     return device_of(target.get_input_embeddings())
@@ -227,3 +267,26 @@ def keeps_state(target: PreTrainedModel) -> bool:
 def mark_as_own(generation_config: GenerationConfig) -> None:
     """Makes a generation config be saved as it is; transformers drops one that it takes for derived from a config."""
     generation_config._from_model_config = False
+
+
+def commit_of(config: PreTrainedConfig) -> str | None:
+    """The commit of the Hub repository that a config was loaded from; None for a local folder."""
+    return getattr(config, "_commit_hash", None)
+
+
+def train_on_one_device(args: "transformers.TrainingArguments") -> None:
+    """Makes a process that sees several GPUs use one, where Trainer would wrap the model in `DataParallel`."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+
+
+@contextmanager
+def unsharded_class(model: nn.Module) -> Iterator[None]:
+    """FSDP2 puts a module into a class that torch makes; within, it is of the class that its code belongs to."""
+    sharded = type(model)
+    if sharded.__module__.startswith("torch.distributed."):
+        model.__class__ = sharded.__mro__[2]  # behind it and `FSDPModule`
+    try:
+        yield
+    finally:
+        model.__class__ = sharded

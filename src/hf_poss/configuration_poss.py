@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 
+from .adapter_settings import complete_adapter
 from .compatibility import relative_imports
 
 
@@ -48,10 +49,20 @@ class PosSConfig(PreTrainedConfig):
         logit_scale (`float`, defaults to 1.0): Factor that the target puts on its logits (Cohere, Granite).
         final_logit_softcapping (`float`, *optional*): Soft cap of the target's logits (Gemma 2).
         target_name_or_path (`str`, *optional*): The target that the specialists draft for.
+        feature_layers (`list[int]`, *optional*): Hidden states of the target that specialists read, through one
+            projection (EAGLE-3: a low, a middle and a high one): 0 is the embedding's, i that behind layer i. The last
+            ones, which the head reads, if not given.
+        draft_vocab_size (`int`, *optional*): Tokens that specialists draft from, the most frequent ones; all of the
+            target's if not given.
+        specialist_adapter (`dict`, *optional*): Makes specialists one full layer with a low-rank adapter for each, of
+            peft's LoRA layers. Keys are `r` (16), `lora_alpha` (2 * r), `lora_dropout` (0.0), `use_rslora` (False) and
+            `target_modules` (all projections of a specialist), as in `peft.LoraConfig`; what is left out is filled in.
+            Full layers if not given.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: if a field has another type.
-        ValueError: if a count is below 1, heads do not divide, `head_dim` is odd or the activation is unknown.
+        ValueError: if a count is below 1, heads do not divide, `head_dim` is odd, the activation is unknown, or
+            `specialist_adapter` has other keys, other modules or values that are out of range.
 
     Example:
 
@@ -65,7 +76,7 @@ class PosSConfig(PreTrainedConfig):
 
     model_type = "poss"
     _auto_class = "AutoConfig"  # what is saved holds the code, for whoever does not have this package
-    keys_to_ignore_at_inference = ["position_losses", "predictions"]
+    keys_to_ignore_at_inference = ["predictions"]
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -86,6 +97,9 @@ class PosSConfig(PreTrainedConfig):
     logit_scale: float = 1.0
     final_logit_softcapping: float | None = None
     target_name_or_path: str | None = None
+    feature_layers: list[int] | None = None
+    draft_vocab_size: int | None = None
+    specialist_adapter: dict | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -98,6 +112,8 @@ class PosSConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": DEFAULT_ROPE_THETA}
+        if isinstance(self.specialist_adapter, dict):
+            self.specialist_adapter = complete_adapter(self.specialist_adapter)
         super().__post_init__(**kwargs)
         self.validate_architecture()  # a plain ValueError, before `@strict` would wrap it
 
@@ -124,6 +140,18 @@ class PosSConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"`head_dim` is {self.head_dim}; rotary embeddings need an even number.")
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"`draft_vocab_size` is {self.draft_vocab_size}; expected 1 to `vocab_size` ({self.vocab_size}), or "
+                "None for all tokens."
+            )
+        if self.feature_layers is not None:
+            layers = list(self.feature_layers)
+            if not layers or any(layer < 0 for layer in layers) or len(set(layers)) < len(layers):
+                raise ValueError(
+                    f"`feature_layers` is {layers}; expected different indices of hidden states, 0 (the embedding's) "
+                    "or above, or None for the last hidden states."
+                )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` is {self.hidden_act!r}; expected one of {sorted(ACT2FN)}.")
 
@@ -140,6 +168,11 @@ class PosSConfig(PreTrainedConfig):
     def num_specialists(self) -> int:
         """S = ceil(K / n)."""
         return -(-self.num_draft_positions // self.positions_per_specialist)
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the target's features: `hidden_size` for each of `feature_layers`."""
+        return self.hidden_size * (1 if self.feature_layers is None else len(self.feature_layers))
 
     def specialist_index(self, position: int) -> int:
         """Specialist (0-based) of draft position k (1-based): min((k - 1) // n, S - 1).

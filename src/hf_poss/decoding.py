@@ -181,7 +181,9 @@ class _Loop:
         entries = prompt_entries(self.prompt.mask if self.prompt.is_padded else None, features)
         following = self._first_tokens(tokens, outputs.logits[:, -1], entries)
         outlives = outlives_call(self.cache.cache, config)
-        history = FeatureHistory(features) if outlives and tokens.shape == self.prompt.mask.shape else None
+        history = None
+        if outlives and tokens.shape == self.prompt.mask.shape:
+            history = FeatureHistory(features, self.drafter.feature_layers)
         del outputs
         while True:
             slots = self._retire(keep_one=synced_gpus)
@@ -194,9 +196,9 @@ class _Loop:
             self._enter("verifying")
             outputs = self.target(**self.verifier.inputs(tree, self.cache, self.prompt), **flags)
             self._enter("other")
-            features = outputs.hidden_states[-1]
+            features = self.drafter.features_of(outputs)
             walks = self._walk(tree, outputs.logits)
-            self._keep(tree, walks, outputs, collected, history)
+            self._keep(tree, walks, outputs, features, collected, history)
             entries = [walk.path if walk is not None else [0] for walk in walks]
             following = [
                 walk.emitted if walk is not None else tree.tokens[slot, :1].tolist() for slot, walk in enumerate(walks)
@@ -248,7 +250,7 @@ class _Loop:
                 prompt.positions = inputs["position_ids"][..., -1].expand(prompt.positions.shape)
             outputs = self.target(**{**inputs, **overrides, "return_dict": True})
             self.cache.commit(end - start)
-            features.append(outputs.hidden_states[-1])
+            features.append(self.drafter.features_of(outputs))
         self._check_features(outputs)
         self._enter("other")
         tokens = input_ids[:, prompt.cached - prompt.hidden :]
@@ -277,7 +279,7 @@ class _Loop:
         prompt, target = self.prompt, self.target
         mask = prompt.mask[:, : prompt.cached]
         tokens = None if prompt.hidden else input_ids[:, : prompt.cached]
-        known = recall(self.cache.cache, target, mask, tokens)
+        known = recall(self.cache.cache, target, mask, tokens, self.drafter.feature_layers)
         if known is not None or tokens is None:
             return known
         logger.warning_once(
@@ -292,7 +294,7 @@ class _Loop:
             **(kept | columns_of(model_kwargs, 0, prompt.cached, prompt.mask.shape[1])),
         )
         outputs = target(**{**inputs, **self.drafter.model_kwargs_overrides, "return_dict": True})
-        return CachedFeatures(tokens, outputs.hidden_states[-1])
+        return CachedFeatures(tokens, self.drafter.features_of(outputs), self.drafter.feature_layers)
 
     def _first_tokens(
         self, tokens: torch.LongTensor, logits: torch.Tensor, entries: Sequence[Sequence[int]]
@@ -389,6 +391,7 @@ class _Loop:
         tree: DraftTree,
         walks: Sequence[Walk | None],
         outputs: Any,
+        features: torch.Tensor,
         collected: RowOutputs,
         history: FeatureHistory | None,
     ) -> None:
@@ -403,7 +406,7 @@ class _Loop:
                     row, slot, walk.path, length, width, outputs.hidden_states, getattr(outputs, "attentions", None)
                 )
                 if history is not None:
-                    history.add(row, outputs.hidden_states[-1][slot, walk.path])
+                    history.add(row, features[slot, walk.path])
                 if self.record is not None:
                     levels = torch.bincount(tree.depths[slot], minlength=1)[1:].tolist()
                     self.record.rows[row].add_round(levels, walk.accepted, len(walk.emitted))
@@ -458,8 +461,9 @@ class _Loop:
             outputs = self.target(**self.verifier.inputs(roots, self.cache, self.prompt), **flags)
             self.cache.keep_paths([[0]] * len(group))
             if history is not None:
+                features = self.drafter.features_of(outputs)
                 for slot in range(len(group)):
-                    history.add(columns.rows[slot], outputs.hidden_states[-1][slot])
+                    history.add(columns.rows[slot], features[slot])
 
     def _finish(self, history: FeatureHistory | None, tokens: torch.LongTensor) -> None:
         """Cuts what rows hold behind their end, and keeps the features for a call that goes on from here.

@@ -62,10 +62,12 @@ class DraftTreeBuilder:
     Args:
         root_tokens: int64 [batch].
         top_k: children a node, and nodes expanded a level; 1 makes a chain.
+        vocabulary: int64 [draft vocab], the token of each logit; None if logits are of all tokens.
     """
 
-    def __init__(self, root_tokens: torch.LongTensor, top_k: int):
+    def __init__(self, root_tokens: torch.LongTensor, top_k: int, vocabulary: torch.LongTensor | None = None):
         self.top_k = top_k
+        self.vocabulary = vocabulary
         batch, device = root_tokens.shape[0], root_tokens.device
         self.root_tokens = root_tokens
         self.frontier_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
@@ -77,12 +79,14 @@ class DraftTreeBuilder:
         """Adds the best children of every frontier node and picks the next frontier among them.
 
         Args:
-            logits: float32 [batch, frontier, vocab] of the frontier's nodes.
+            logits: float32 [batch, frontier, draft vocab] of the frontier's nodes.
         """
         top_k = min(self.top_k, logits.shape[-1])
         log_probabilities, tokens = logits.log_softmax(-1).topk(top_k, dim=-1)  # [batch, frontier, top_k]
         scores = (self.frontier_scores[:, :, None] + log_probabilities).flatten(1)
         tokens = tokens.flatten(1)  # [batch, frontier * top_k]
+        if self.vocabulary is not None:
+            tokens = self.vocabulary[tokens]
         parents = self.frontier_ids.repeat_interleave(top_k, dim=1)
         self.levels.append((tokens, parents, scores))
 

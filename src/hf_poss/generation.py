@@ -14,7 +14,7 @@ from transformers.generation import GenerationMode
 from .candidate_generator import DraftSettings, PosSCandidateGenerator
 from .compatibility import CANDIDATES, DECODE, VALIDATE, input_device, original_method, replace_method
 from .decoding import decode
-from .modeling_poss import check_drafter, check_target, is_poss
+from .modeling_poss import check_drafter, check_target, poss_of
 
 
 __all__ = ["disable", "enable"]
@@ -38,11 +38,11 @@ def disable() -> None:
 
 @functools.wraps(original_method(VALIDATE))
 def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-    assistant = generation_mode_kwargs.get("assistant_model")
-    if is_poss(assistant):
-        check_drafter(assistant)
-        check_target(assistant.config, self)
-        DraftSettings.of(assistant, input_device(self))
+    poss = poss_of(generation_mode_kwargs.get("assistant_model"))
+    if poss is not None:
+        check_drafter(poss)
+        check_target(poss.config, self)
+        DraftSettings.of(poss, input_device(self))
         _check_mode(generation_mode, generation_config, generation_mode_kwargs)
         # transformers' own loop returns one sequence a call; ours any number.
         generation_config = copy.copy(generation_config)
@@ -75,11 +75,12 @@ def _check_mode(mode: GenerationMode, config: GenerationConfig, kwargs: dict[str
 
 @functools.wraps(original_method(CANDIDATES))
 def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
-    if not is_poss(assistant_model):
+    poss = poss_of(assistant_model)
+    if poss is None:
         return original_method(CANDIDATES)(self, *args, assistant_model=assistant_model, **kwargs)
     return PosSCandidateGenerator(
         input_ids=kwargs["input_ids"],
-        assistant_model=assistant_model,
+        assistant_model=poss,
         generation_config=kwargs["generation_config"],
         model_kwargs=kwargs["model_kwargs"],
         target=self,
@@ -90,7 +91,7 @@ def _get_candidate_generator(self, *args, assistant_model=None, **kwargs):
 
 @functools.wraps(original_method(DECODE))
 def _assisted_decoding(self, input_ids, **kwargs):
-    poss = kwargs.get("assistant_model")
-    if not is_poss(poss):
+    poss = poss_of(kwargs.get("assistant_model"))
+    if poss is None:
         return original_method(DECODE)(self, input_ids, **kwargs)
-    return decode(self, input_ids, **kwargs)
+    return decode(self, input_ids, **{**kwargs, "assistant_model": poss})

@@ -118,7 +118,12 @@ def check_size(config: PosSConfig, device: torch.device | str = "cpu") -> None:
     """
     width = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
     weights = config.hidden_size * (width + 3 * config.intermediate_size + 1)
-    needed = 4 * (config.num_specialists * weights + 2 * config.hidden_size**2)
+    layers = config.num_specialists
+    if config.specialist_adapter is not None:  # r rows for the input and r columns for the output of each projection
+        rank = config.specialist_adapter["r"]
+        weights += layers * rank * (7 * config.hidden_size + width + 3 * config.intermediate_size)
+        layers = 1
+    needed = 4 * (layers * weights + 2 * config.hidden_size**2)
     available = _memory_of(torch.device(device))
     if available is not None and needed > available:
         raise ValueError(

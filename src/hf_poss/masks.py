@@ -1,4 +1,4 @@
-"""What the nodes of a draft tree see, for each kind of layer that a target has."""
+"""What the nodes of a draft tree and the tokens of packed samples see, for each kind of layer that a target has."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from .draft_tree import DraftTree
 
 
-__all__ = ["LayerKinds", "chain_mask", "tree_masks"]
+__all__ = ["LayerKinds", "chain_mask", "packed_masks", "tree_masks"]
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,46 @@ def tree_masks(
     rows, width = context.shape
     nodes = tree.tokens.shape[1]
     visible = torch.cat((context[:, None].expand(-1, nodes, -1), tree.ancestor_mask().to(context.device)), dim=-1)
+    # Places in the sequence; a context column is its own place.
+    queries = lengths[:, None] + tree.depths.to(context.device)  # [rows, nodes]
+    columns = torch.arange(width, device=context.device).expand(rows, -1)
+    keys = torch.cat((columns, queries), dim=-1)  # [rows, width + nodes]
+    return _additive_masks(kinds, visible, queries - padding[:, None], keys - padding[:, None], dtype)
+
+
+def packed_masks(
+    kinds: LayerKinds, segment_ids: torch.LongTensor, position_ids: torch.LongTensor, dtype: torch.dtype
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive masks [rows, 1, tokens, tokens] of packed samples: every token sees those before it of its document and
+    itself, as far as the layer looks back. One mask if all layers are of a kind, else one by kind.
+
+    Args:
+        segment_ids: int64 [rows, tokens], by document; padding, 0, sees padding.
+        position_ids: int64 [rows, tokens], from 0 in every document.
+        dtype: of the masks.
+    """
+    tokens = segment_ids.shape[1]
+    before = torch.ones(tokens, tokens, dtype=torch.bool, device=segment_ids.device).tril()
+    visible = before & (segment_ids[:, :, None] == segment_ids[:, None])
+    return _additive_masks(kinds, visible, position_ids, position_ids, dtype)
+
+
+def _additive_masks(
+    kinds: LayerKinds,
+    visible: torch.BoolTensor,
+    queries: torch.LongTensor,
+    keys: torch.LongTensor,
+    dtype: torch.dtype,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """What is visible [rows, queries, keys], as far as each kind of layer looks back from the place of a query [rows,
+    queries] to that of a key [rows, keys]."""
     masks = {}
     for name in kinds.names:
         seen = visible
-        if name != "full_attention":
-            # Places in the sequence; a context column is its own place.
-            queries = lengths[:, None] + tree.depths.to(context.device)  # [rows, nodes]
-            columns = torch.arange(width, device=context.device).expand(rows, -1)
-            keys = torch.cat((columns, queries), dim=-1)  # [rows, width + nodes]
-            if name == "sliding_attention":
-                near = keys[:, None] > queries[:, :, None] - kinds.window
-            else:
-                spans, span = ((places - padding[:, None]) // kinds.chunk for places in (keys, queries))
-                near = spans[:, None] == span[:, :, None]
-            seen = visible & near
+        if name == "sliding_attention":
+            seen = visible & (keys[:, None] > queries[:, :, None] - kinds.window)
+        elif name == "chunked_attention":
+            seen = visible & (keys[:, None] // kinds.chunk == queries[:, :, None] // kinds.chunk)
         mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
         masks[name] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))

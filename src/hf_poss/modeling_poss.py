@@ -1,22 +1,33 @@
 """Position specialists: one decoder layer for each span of draft positions, and their recursive roll-out."""
 
-import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 from transformers.utils import ModelOutput, logging
 
 from .checkpoints import check_loading_info, is_published_layout, read_published, reading, repository_name
-from .compatibility import device_of, is_pipeline_parallel, keeps_state, mark_as_own, peft_arguments
+from .compatibility import (
+    device_of,
+    is_pipeline_parallel,
+    keeps_state,
+    mark_as_own,
+    peft_arguments,
+    unsharded_class,
+)
 from .configuration_poss import PosSConfig
+from .draft_vocabulary import DraftHead, check_draft_vocabulary, rank_tokens
 from .limits import check_size
+from .losses import DEFAULT_LOSSES, parse_losses, roll_out_losses
+from .peft_models import without_peft
+from .roll_out import KeysValues, roll_out_attention
 
 
 __all__ = [
@@ -29,15 +40,13 @@ __all__ = [
     "check_target",
     "is_poss",
     "placement",
-    "position_losses",
+    "poss_of",
 ]
 
 logger = logging.get_logger(__name__)
 
 # Cosine and sine of a run of rows, each [batch, rows, head_dim].
 RotaryAngles = tuple[torch.Tensor, torch.Tensor]
-# Keys and values of a run of rows, each [batch, key_value_heads, rows, head_dim].
-KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
 def check_target(config: PosSConfig, target: PreTrainedModel) -> None:
@@ -45,7 +54,8 @@ def check_target(config: PosSConfig, target: PreTrainedModel) -> None:
 
     Raises:
         ValueError: if the target is an encoder-decoder, keeps a recurrent state, is split into pipeline stages, has no
-            head, has another width or vocabulary, or runs under a PEFT method that specialists cannot follow.
+            head, has another width or vocabulary or too few layers, or runs under a PEFT method that specialists
+            cannot follow.
     """
     name = target.__class__.__name__
     if target.config.is_encoder_decoder:
@@ -79,6 +89,12 @@ def check_target(config: PosSConfig, target: PreTrainedModel) -> None:
     }
     if hasattr(head, "in_features"):
         widths["head"] = head.in_features
+    layers = getattr(target.config.get_text_config(), "num_hidden_layers", None)
+    if config.feature_layers is not None and layers is not None and max(config.feature_layers) > layers:
+        raise ValueError(
+            f"The drafter reads the hidden states {list(config.feature_layers)}, {name} has 0 to {layers}. Use a "
+            f"drafter that was trained for this target{_made_for(config)}, or other `feature_layers`."
+        )
     for part, width in widths.items():
         if width != config.hidden_size:
             raise ValueError(
@@ -104,6 +120,11 @@ def check_drafter(poss: "PosSModel") -> None:
         raise ValueError(
             f"The drafter's weights are on {', '.join(devices)}; expected one device that computes. Load it without "
             "`device_map` and offloading, and move it to the device of the target's head: `poss.to(...)`."
+        )
+    if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in poss.modules()):
+        logger.warning_once(
+            "The drafter is in training mode, and the dropout of its adapters spoils drafts and draws random numbers. "
+            "Call `poss.eval()` before `generate`."
         )
 
 
@@ -137,8 +158,28 @@ def _made_for(config: PosSConfig) -> str:
 
 
 def is_poss(model: Any) -> bool:
-    """Whether `model` is made of position specialists. Their class may be one that came with a checkpoint."""
-    return isinstance(model, PreTrainedModel) and model.config.model_type == PosSConfig.model_type
+    """Whether `model` is made of position specialists, or a `PeftModel` around such a one."""
+    return poss_of(model) is not None
+
+
+def poss_of(model: Any) -> "PosSModel | None":
+    """The position specialists in `model`, adapters in place if it is a `PeftModel`; None if it is another model.
+
+    Their class may be one that came with a checkpoint.
+
+    Raises:
+        ValueError: if peft wraps LoRA specialists, whose own adapters it switches off, or adds virtual tokens.
+    """
+    poss = without_peft(model)
+    if not isinstance(poss, PreTrainedModel) or poss.config.model_type != PosSConfig.model_type:
+        return None
+    if poss is not model and poss.config.specialist_adapter is not None:
+        raise ValueError(
+            "These specialists are made of LoRA adapters already (`specialist_adapter`), and a `PeftModel` around "
+            "them switches those off. Load the specialists anew and train them as they are: their adapters, and the "
+            "layer that they share."
+        )
+    return poss
 
 
 def placement(target: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
@@ -160,6 +201,7 @@ class TargetReference:
     def __init__(self, embed_tokens: nn.Module, lm_head: nn.Module, config: PosSConfig):
         self.embed_tokens = embed_tokens
         self.lm_head = lm_head
+        self.vocab_size = config.vocab_size
         self.logit_scale = config.logit_scale
         self.softcap = config.final_logit_softcapping
 
@@ -197,7 +239,11 @@ class TargetReference:
             logits = torch.func.functional_call(self.lm_head, frozen, features_there)
         else:
             logits = self.lm_head(features_there)
-        logits = logits.to(device=features.device, dtype=torch.float32)
+        return self.scaled(logits, features.device)
+
+    def scaled(self, logits: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """What the target makes of its head's output: in float32 on `device`, scaled and capped."""
+        logits = logits.to(device=device, dtype=torch.float32)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap is not None:
@@ -239,10 +285,11 @@ class PosSAttention(nn.Module):
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [batch, heads, rows, head_dim]
 
 
-class PosSSpecialist(nn.Module):
+class PosSSpecialist(GradientCheckpointingLayer):
     """One decoder layer as EAGLE has it: attention on the raw input as residual stream, no input norm, no final norm.
 
-    Its three steps are apart because a context row needs the first only (see [`keys_values`]).
+    Its three steps are apart because a context row needs the first only (see [`keys_values`]). Training calls them
+    together, as a module, so that gradient checkpointing and sharding take effect.
     """
 
     def __init__(self, config: PosSConfig):
@@ -266,97 +313,33 @@ class PosSSpecialist(nn.Module):
         hidden = fused + self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
+    def forward(
+        self,
+        fused_streams: Sequence[torch.Tensor],
+        streams: Sequence[KeysValues],
+        rotary: RotaryAngles,
+        segment_ids: torch.LongTensor | None = None,
+    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
+        """One draft position of the training roll-out, see [`roll_out_attention`].
+
+        Args:
+            fused_streams: fused inputs [batch, rows, hidden] of the streams that follow `streams`; the last one's rows
+                are the queries.
+            streams: keys and values of the streams before, as an earlier call returned them.
+            rotary: angles of the rows.
+            segment_ids: int64 [batch, rows].
+
+        Returns:
+            predicted features [batch, rows, hidden], and the keys and values of all streams.
+        """
+        streams = (*streams, *(self.keys_values(fused, rotary) for fused in fused_streams))
+        attended = roll_out_attention(self.queries(fused_streams[-1], rotary), streams, segment_ids)
+        return self.complete(fused_streams[-1], attended), streams
+
 
 def _rotate(heads: torch.Tensor, rotary: RotaryAngles) -> torch.Tensor:
     cos, sin = (angle.unsqueeze(1) for angle in rotary)
     return heads * cos + rotate_half(heads) * sin
-
-
-def _shift_right(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Row t takes row t - count along dim -2; the first `count` rows are zero."""
-    return F.pad(rows, (0, 0, count, 0))[..., : rows.shape[-2], :] if count else rows
-
-
-def roll_out_attention(
-    query: torch.Tensor, streams: Sequence[KeysValues], valid_keys: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Attention of draft position k + 1, with k = len(streams) - 1, over all rows at once (HASS).
-
-    Row t sees the target's features of rows <= t - k (`streams[0]`), then for each earlier draft position j = 1..k one
-    key: stream j at row t - k + j. With k = 2, row 7 sees target rows 0..5, stream 1 at row 6, stream 2 at row 7:
-    what it would see in a round of drafting that began after row 5. Hidden positions have no weight.
-
-    Args:
-        query: [batch, heads, rows, head_dim].
-        streams: keys and values of each stream, by the specialist that asks.
-        valid_keys: bool [batch, rows], False for padding.
-
-    Returns:
-        [batch, heads, rows, head_dim]
-    """
-    k = len(streams) - 1
-    keys, values = streams[0]
-    rows = query.shape[-2]
-    grouped = query.unflatten(1, (keys.shape[1], -1)) * query.shape[-1] ** -0.5  # [batch, kv_heads, group, rows, dim]
-
-    visible = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril(-k)
-    if valid_keys is not None:
-        visible = visible & valid_keys[:, None, None, None, :]
-        if k == 0:  # padding sees itself: a row without any key would have no softmax
-            visible = visible | torch.eye(rows, dtype=torch.bool, device=query.device)
-    scores = torch.matmul(grouped, keys.unsqueeze(2).transpose(-1, -2)).float()
-    scores = scores.masked_fill(~visible, float("-inf"))  # [batch, kv_heads, group, rows, rows]
-
-    if k == 0:
-        weights = scores.softmax(-1).to(values.dtype)
-        return torch.matmul(weights, values.unsqueeze(2)).flatten(1, 2)
-
-    own_keys, own_values = (
-        torch.stack([_shift_right(stream[part], k - j) for j, stream in enumerate(streams)][1:], dim=-2)
-        for part in (0, 1)
-    )  # [batch, kv_heads, rows, k, dim]
-    own_scores = torch.einsum("bgqtd,bgtkd->bgqtk", grouped, own_keys).float()
-    j = torch.arange(1, k + 1, device=query.device)
-    source = torch.arange(rows, device=query.device)[:, None] - k + j  # row of stream j that row t sees
-    hidden = source < 0
-    if valid_keys is not None:
-        padding = ~valid_keys[:, source.clamp(min=0)] & (j < k)
-        hidden = (hidden | padding)[:, None, None]
-    own_scores = own_scores.masked_fill(hidden, float("-inf"))
-
-    weights = torch.cat((scores, own_scores), dim=-1).softmax(-1).to(values.dtype)
-    attended = torch.matmul(weights[..., :rows], values.unsqueeze(2))
-    attended = attended + torch.einsum("bgqtk,bgtkd->bgqtd", weights[..., rows:], own_values)
-    return attended.flatten(1, 2)
-
-
-def position_losses(
-    predicted: torch.Tensor,
-    target_features: torch.Tensor,
-    logits: torch.Tensor,
-    target_logits: torch.Tensor,
-    row_weights: torch.Tensor,
-    top_k: int = 10,
-) -> torch.Tensor:
-    """The three losses of one draft position, summed over the weighted rows (PosS, HASS).
-
-    Args:
-        predicted, target_features: [batch, rows, hidden].
-        logits, target_logits: float32 [batch, rows, vocab], of the two.
-        row_weights: float [batch, rows], 1 for a row that counts.
-        top_k: tokens of the target that the third loss looks at.
-
-    Returns:
-        float32 [3]: smooth L1 between features (mean over hidden), soft cross-entropy against the target's
-        distribution, and the part of that cross-entropy that the target's `top_k` tokens contribute.
-    """
-    feature = F.smooth_l1_loss(predicted.float(), target_features.float(), reduction="none").mean(-1)
-    target_probabilities = target_logits.softmax(-1)
-    log_probabilities = logits.log_softmax(-1)
-    token = -(target_probabilities * log_probabilities).sum(-1)
-    best, best_tokens = target_probabilities.topk(min(top_k, logits.shape[-1]), dim=-1)
-    best_part = -(best * log_probabilities.gather(-1, best_tokens)).sum(-1)
-    return torch.stack([(loss * row_weights).sum() for loss in (feature, token, best_part)])
 
 
 @dataclass
@@ -365,16 +348,16 @@ class PosSOutput(ModelOutput):
 
     Args:
         loss (`torch.FloatTensor` of shape `()`): weighted sum of the losses, over all draft positions.
-        position_losses (`torch.FloatTensor` of shape `(num_draft_positions, 3)`): feature, token and top-k loss of
-            each position, unweighted, means over the rows that count.
-        counts (`torch.LongTensor` of shape `(batch, 4, num_draft_positions)`, outside of training): rows that count;
-            of these, rows where the drafted token is the target's; rows that a chain reached with every token before
-            accepted; and of these, rows where it was accepted once more.
+        loss_sums (`torch.FloatTensor` of shape `(batch, losses, num_draft_positions)`): unweighted losses in the order
+            in which they were named, sums over the rows that count.
+        counts (`torch.LongTensor` of shape `(batch, 4, num_draft_positions)`): rows that count; of these, rows where
+            the drafted token is the target's; rows that a chain reached with every token before accepted; and of
+            these, rows where it was accepted once more.
         predictions (`tuple` of `torch.FloatTensor` of shape `(batch, rows, hidden)`): features by draft position.
     """
 
     loss: torch.FloatTensor | None = None
-    position_losses: torch.FloatTensor | None = None
+    loss_sums: torch.FloatTensor | None = None
     counts: torch.LongTensor | None = None
     predictions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -384,7 +367,14 @@ class PosSPreTrainedModel(PreTrainedModel):
     base_model_prefix = "poss"
     main_input_name = "input_ids"
     _no_split_modules = ["PosSSpecialist"]
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "initialize"):  # a part of an adapter, see `SharedLayer`
+            module.initialize(module.weight)
+        else:
+            super()._init_weights(module)
 
 
 class PosSModel(PosSPreTrainedModel, GenerationMixin):
@@ -413,9 +403,21 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PosSConfig):
         super().__init__(config)
+        if config.feature_layers is not None:
+            self.feature_fc = nn.Linear(config.feature_size, config.hidden_size, bias=False)
         self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
-        self.layers = nn.ModuleList(PosSSpecialist(config) for _ in range(config.num_specialists))
+        if config.specialist_adapter is None:
+            self.layers = nn.ModuleList(PosSSpecialist(config) for _ in range(config.num_specialists))
+        else:
+            from .specialist_adapters import SharedLayer  # needs peft
+
+            self.shared_layer = SharedLayer(PosSSpecialist(config))
+            with torch.device("meta"):
+                specialists = [PosSSpecialist(config) for _ in range(config.num_specialists)]
+            self.layers = nn.ModuleList(self.shared_layer.adapted(layer, config) for layer in specialists)
         self.rotary_emb = PosSRotaryEmbedding(config)
+        if config.draft_vocab_size is not None:  # int64, by frequency; -1 until it is set
+            self.register_buffer("draft_vocabulary", torch.full((config.draft_vocab_size,), -1))
         self.reference: TargetReference | None = None
         self.generation_config.num_assistant_tokens = config.num_draft_positions
         self.generation_config.draft_top_k = None
@@ -446,6 +448,7 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             ValueError: if `target` is no decoder-only language model, K or n is below 1, or the specialists do not fit
                 into the memory of the target's device.
         """
+        target = without_peft(target)
         config = PosSConfig.from_target_config(
             target.config,
             positions_per_specialist=positions_per_specialist,
@@ -460,7 +463,13 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_eagle(
-        cls, path_or_repo: str, positions_per_specialist: int = 2, num_draft_positions: int = 6, **kwargs: Any
+        cls,
+        path_or_repo: str,
+        positions_per_specialist: int = 2,
+        num_draft_positions: int = 6,
+        specialist_adapter: dict[str, Any] | None = None,
+        draft_vocab_size: int | None = None,
+        **kwargs: Any,
     ) -> "PosSModel":
         """Specialists that are all copies of one EAGLE (or HASS) layer, the paper's start.
 
@@ -468,10 +477,13 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             path_or_repo: folder or Hub name of a checkpoint of one layer, published or saved by this class.
             positions_per_specialist: n, draft positions a specialist serves.
             num_draft_positions: K, draft positions in all.
+            specialist_adapter: makes them one copy of it with an adapter for each, see [`PosSConfig`].
+            draft_vocab_size: tokens to draft from, which `set_draft_vocabulary` is to choose; as the layer if not
+                given.
             kwargs: as in `from_pretrained`.
 
         Raises:
-            ValueError: if the checkpoint has more layers than one, or cannot be read.
+            ValueError: if the checkpoint has more layers than one, or an adapter, or cannot be read.
         """
         eagle = cls.from_pretrained(path_or_repo, **kwargs)
         if eagle.config.num_specialists != 1:
@@ -479,16 +491,26 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
                 f"{path_or_repo} has {eagle.config.num_specialists} layers; expected an EAGLE checkpoint of one. "
                 "Load checkpoints of several specialists with `PosSModel.from_pretrained`."
             )
+        if eagle.config.specialist_adapter is not None:
+            raise ValueError(
+                f"{path_or_repo} holds a shared layer with an adapter; expected an EAGLE checkpoint of one full "
+                "layer. Go on from it with `PosSModel.from_pretrained`."
+            )
         config = PosSConfig.from_dict(
             {
                 **eagle.config.to_dict(),
                 "positions_per_specialist": positions_per_specialist,
                 "num_draft_positions": num_draft_positions,
+                "specialist_adapter": specialist_adapter,
+                "draft_vocab_size": draft_vocab_size or eagle.config.draft_vocab_size,
             }
         )
         poss = cls(config).to(device=eagle.device, dtype=eagle.dtype)
-        poss.fc.load_state_dict(eagle.fc.state_dict())
-        for layer in poss.layers:
+        weights = {name: value for name, value in eagle.state_dict().items() if not name.startswith("layers.")}
+        if draft_vocab_size is not None:
+            weights.pop("draft_vocabulary", None)
+        poss.load_state_dict(weights, strict=False)
+        for layer in poss.layers if specialist_adapter is None else (poss.shared_layer,):
             layer.load_state_dict(eagle.layers[0].state_dict())
         return poss
 
@@ -519,7 +541,14 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         check_loading_info(info, source)
+        if model.config.draft_vocab_size is not None:
+            check_draft_vocabulary(model.config, model.draft_vocabulary)
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, also for specialists that FSDP2 has sharded, whose whole `state_dict` is then given."""
+        with unsharded_class(self):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     # ---- The target ----
 
@@ -529,7 +558,7 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the target does not fit, see [`check_target`].
         """
-        self.reference = TargetReference.from_target(target, self.config)
+        self.reference = TargetReference.from_target(without_peft(target), self.config)
         return self
 
     def _attached(self) -> TargetReference:
@@ -540,6 +569,38 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             )
         return self.reference
 
+    def set_draft_vocabulary(self, counts: torch.LongTensor, size: int | None = None) -> "PosSModel":
+        """Drafts from the most frequent tokens alone: a draft pass reads fewer rows of the head, and the text stays
+        the same, since the target verifies over its full vocabulary (FR-Spec, EAGLE-3).
+
+        Args:
+            counts: int64 [vocab], how often each token occurs in text like the target's.
+            size: tokens to keep; `config.draft_vocab_size` if not given. Ends of a sequence are kept in any case.
+
+        Raises:
+            ValueError: if `counts` has another length, or the size is not 1 to the target's vocabulary.
+        """
+        size = self.config.draft_vocab_size if size is None else size
+        vocab_size = self.config.vocab_size
+        if tuple(counts.shape) != (vocab_size,):
+            raise ValueError(f"`counts` has shape {tuple(counts.shape)}; expected ({vocab_size},), one a token.")
+        if size is None or not 1 <= size <= vocab_size:
+            raise ValueError(f"The size of the draft vocabulary is {size}; expected 1 to {vocab_size}.")
+        ends = self.config.eos_token_id
+        ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
+        vocabulary = rank_tokens(counts.cpu(), size, [end for end in ends if end < vocab_size])
+        self.config.draft_vocab_size = size
+        self.register_buffer("draft_vocabulary", vocabulary.to(self.fc.weight.device))
+        return self
+
+    def draft_head(self, reference: TargetReference) -> DraftHead:
+        """A target's head over the tokens that are drafted from.
+
+        Raises:
+            ValueError: if the draft vocabulary is not set.
+        """
+        return DraftHead(reference, None if self.config.draft_vocab_size is None else self.draft_vocabulary)
+
     def get_input_embeddings(self) -> nn.Module | None:
         """None: the embedding is the target's."""
         return None
@@ -547,6 +608,9 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         """None: the head is the target's."""
         return None
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: checkpoints inside need no input that asks for gradients."""
 
     def generate(self, *args: Any, **kwargs: Any):
         """Specialists only draft.
@@ -572,6 +636,13 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
 
     # ---- What training and drafting share ----
 
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """The target's features in the width of the specialists: [batch, rows, feature size] to [batch, rows, hidden].
+
+        One projection fuses those of several layers (EAGLE-3); the last hidden states alone stay as they are.
+        """
+        return features if self.config.feature_layers is None else self.feature_fc(features)
+
     def fuse(self, embeddings: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """fc([embedding of token t + 1; feature of t]): [batch, rows, hidden] each, and so is the result."""
         return self.fc(torch.cat((embeddings, features), dim=-1))
@@ -591,50 +662,48 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
         features: torch.Tensor,
         next_tokens: torch.LongTensor,
         position_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Predicted features of every draft position, over all rows of a sequence at once (PosS).
 
         Row t of position 1 reads the target's feature of t and token t + 1, and predicts the feature of t + 1. Row t
-        of position k + 1 reads what position k predicted at row t - 1, detached; row 0 keeps its feature.
+        of position k + 1 reads what position k predicted at row t - 1, detached; the first row of a document keeps its
+        feature.
 
         Args:
-            features: [batch, rows, hidden], the target's.
+            features: [batch, rows, feature size], the target's.
             next_tokens: [batch, rows], row t holds token t + 1.
             position_ids: [batch or 1, rows]; 0, 1, 2... if not given.
-            attention_mask: [batch, rows], 0 for padding, which no row attends to.
+            segment_ids: int64 [batch, rows], rows attend to rows of their own number: 0 for padding, then by
+                document. An attention mask is one.
 
         Returns:
             `num_draft_positions` tensors [batch, rows, hidden].
         """
-        features = features.to(device=self.fc.weight.device, dtype=self.dtype)
+        stream = self.project(features.to(device=self.fc.weight.device, dtype=self.dtype))
+        device = stream.device
         if position_ids is None:
-            position_ids = torch.arange(features.shape[1], device=features.device)[None]
-        valid_keys = None if attention_mask is None else attention_mask.to(features.device).bool()
-        embeddings = self._attached().embed(next_tokens, like=features)
-        rotary = self.rotary(features, position_ids.to(features.device))
-        attend = roll_out_attention
-        if torch.is_grad_enabled():
-            # Scores are [rows, rows] a head and position: cheap to make again, too large to keep until backward.
-            attend = functools.partial(checkpoint, roll_out_attention, use_reentrant=False)
+            position_ids = torch.arange(stream.shape[1], device=device)[None]
+        embeddings = self._attached().embed(next_tokens, like=stream)
+        rotary = self.rotary(stream, position_ids.to(device))
 
-        # bool [batch or 1, rows, 1]: rows behind another one; the first row of a sample has nothing to take over.
-        if valid_keys is None:
-            follows = torch.arange(features.shape[1], device=features.device)[None, :, None] > 0
+        # bool [batch or 1, rows, 1]: rows behind another one; the first row of a document has nothing to take over.
+        if segment_ids is None:
+            follows = torch.arange(stream.shape[1], device=device)[None, :, None] > 0
         else:
-            follows = F.pad(valid_keys[:, :-1], (1, 0))[..., None]
+            segment_ids = segment_ids.to(device)
+            before = F.pad(segment_ids[:, :-1], (1, 0))
+            follows = ((segment_ids == before) & (segment_ids > 0))[..., None]
 
         fused_streams, predictions = [], []
-        keys_values = [[] for _ in self.layers]  # of each specialist, by stream
-        stream = features
+        keys_values = [()] * len(self.layers)  # of each specialist, by stream
         for position in range(1, self.config.num_draft_positions + 1):
             fused_streams.append(self.fuse(embeddings, stream))
             index = self.config.specialist_index(position)
-            layer, streams = self.layers[index], keys_values[index]
-            streams.extend(layer.keys_values(fused, rotary) for fused in fused_streams[len(streams) :])
-            attended = attend(layer.queries(fused_streams[-1], rotary), tuple(streams), valid_keys)
-            predictions.append(layer.complete(fused_streams[-1], attended))
-            shifted = F.pad(predictions[-1].detach()[:, :-1], (0, 0, 1, 0))
+            new = tuple(fused_streams[len(keys_values[index]) :])
+            predicted, keys_values[index] = self.layers[index](new, keys_values[index], rotary, segment_ids)
+            predictions.append(predicted)
+            shifted = F.pad(predicted.detach()[:, :-1], (0, 0, 1, 0))
             stream = torch.where(follows, shifted, stream)
         return tuple(predictions)
 
@@ -645,37 +714,60 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
         target_features: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        feature_loss_weight: float = 1.0,
-        token_loss_weight: float = 0.1,
-        topk_loss_weight: float = 0.0,
+        losses: Mapping[str, float] | None = None,
+        position_weights: Sequence[float] | None = None,
         loss_top_k: int = 10,
+        **kwargs: Any,
     ) -> PosSOutput:
-        """The recursive roll-out with its losses: sum over draft positions of
-        `feature_loss_weight` * smooth L1 + `token_loss_weight` * soft cross-entropy + `topk_loss_weight` * its top-k
-        part (PosS; weights 1.0, 0.1 and 0 or 1.0 in the public code).
+        """The recursive roll-out with its losses: a weighted sum over losses and draft positions (PosS).
 
         Args:
             input_ids: [batch, tokens].
-            features: [batch, tokens, hidden], the target's last hidden states, possibly with noise.
+            features: [batch, tokens, feature size], the target's hidden states that `feature_layers` names, possibly
+                with noise.
             labels: [batch, tokens]; -100 at t leaves out the rows that predict the feature of t. All count if absent.
             attention_mask: [batch, tokens], 0 for padding.
             position_ids: [batch or 1, tokens].
-            target_features: [batch, tokens, hidden], what is to be predicted; `features` if not given.
+            segment_ids: int64 [batch, tokens] of packed samples: 0 for padding, then the number of the document that a
+                token is of. In place of `attention_mask`.
+            target_features: [batch, tokens, hidden], the last hidden states, which are to be predicted; `features` if
+                not given.
             num_items_in_batch: rows to divide by, for gradient accumulation; this batch's if not given.
+            losses: weights by name, see [`parse_losses`]; 1.0 for "feature" and 0.1 for "token" if not given.
+            position_weights: of each draft position; 1 if not given.
+            loss_top_k: tokens that the loss "topk" looks at.
+            kwargs: nothing but None: what `PeftModelForCausalLM` hands on of a language model's arguments.
 
         Raises:
-            ValueError: if no target is attached, shapes do not fit, no row counts, or features are not finite.
+            TypeError: if `kwargs` holds a value.
+            ValueError: if no target is attached, shapes do not fit, features are not finite, a loss is unknown, or the
+                draft vocabulary is not set.
         """
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None):
+            raise TypeError(f"PosSModel.forward() takes no {', '.join(unknown)}; see its arguments.")
         reference = self._attached()
+        losses = DEFAULT_LOSSES if losses is None else parse_losses(losses)
+        if position_weights is None:
+            position_weights = [1.0] * self.config.num_draft_positions
         target_features = features if target_features is None else target_features
-        expected = (*input_ids.shape, self.config.hidden_size)
-        for name, value in (("features", features), ("target_features", target_features)):
-            if tuple(value.shape) != expected:
-                raise ValueError(f"`{name}` has shape {tuple(value.shape)}; expected {expected}, one row a token.")
+        for name, value, width in (
+            ("features", features, self.config.feature_size),
+            ("target_features", target_features, self.config.hidden_size),
+        ):
+            if tuple(value.shape) != (*input_ids.shape, width):
+                raise ValueError(
+                    f"`{name}` has shape {tuple(value.shape)}; expected {(*input_ids.shape, width)}, one row a token."
+                )
         if input_ids.shape[1] < 2:
             raise ValueError("Samples have one token; predicting a feature needs two or more.")
+        if len(position_weights) != self.config.num_draft_positions:
+            raise ValueError(
+                f"`position_weights` has {len(position_weights)} entries; expected one for each of the "
+                f"{self.config.num_draft_positions} draft positions."
+            )
         device = self.fc.weight.device
         target_features = target_features[:, 1:].to(device)
         if not (torch.isfinite(features).all() and torch.isfinite(target_features).all()):
@@ -683,37 +775,27 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
                 "The target's features hold NaN or infinite values. Run the target in bfloat16 or float32, and check "
                 "its weights."
             )
-        counted = torch.ones_like(input_ids) if labels is None else labels.ne(-100)
-        if attention_mask is not None:
-            counted = counted * attention_mask
-        counted = counted[:, 1:].to(device).bool()  # [batch, rows], row t predicts the feature of t + 1
+        if segment_ids is None and attention_mask is not None:
+            segment_ids = attention_mask.long()
+        counted = torch.ones_like(input_ids, dtype=torch.bool) if labels is None else labels.ne(-100)
+        if segment_ids is not None:
+            counted = counted & segment_ids.ne(0)
+        counted = counted[:, 1:].to(device)  # [batch, rows], row t predicts the feature of t + 1
 
         predictions = self.roll_out(
             features[:, :-1],
             input_ids[:, 1:],
             position_ids=None if position_ids is None else position_ids[:, :-1],
-            attention_mask=None if attention_mask is None else attention_mask[:, :-1],
+            segment_ids=None if segment_ids is None else segment_ids[:, :-1],
         )
-        with torch.no_grad():
-            target_logits = reference.logits(target_features)  # [batch, rows, vocab]
-            target_tokens = target_logits.argmax(-1)
-        losses, tokens = [], []
-        for predicted in predictions:
-            logits = reference.logits(predicted)
-            losses.append(
-                position_losses(predicted, target_features, logits, target_logits, counted.float(), loss_top_k)
-            )
-            if not self.training:
-                tokens.append(logits.argmax(-1))
-        losses = torch.stack(losses)  # [positions, 3]
-        weights = losses.new_tensor((feature_loss_weight, token_loss_weight, topk_loss_weight))
-        rows = counted.sum().clamp(min=1)
-        items = rows if num_items_in_batch is None else num_items_in_batch
+        head = self.draft_head(reference)
+        result = roll_out_losses(predictions, target_features, counted, head, losses, position_weights, loss_top_k)
+        items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         items = items.to(device) if isinstance(items, torch.Tensor) else items
         return PosSOutput(
-            loss=(losses * weights).sum() / items,
-            position_losses=losses.detach() / rows,
-            counts=None if self.training else chain_counts(torch.stack(tokens, 1), target_tokens, counted),
+            loss=result.total / items,
+            loss_sums=result.sums,
+            counts=chain_counts(result.tokens, result.target_tokens, counted),
             predictions=predictions,
         )
 

@@ -16,7 +16,7 @@ from .masks import LayerKinds, chain_mask, tree_masks
 from .prompt import Prompt, takes_positions
 
 
-__all__ = ["Verifier"]
+__all__ = ["Verifier", "mask_obstacle"]
 
 logger = logging.get_logger(__name__)
 
@@ -44,10 +44,8 @@ class Verifier:
         Raises:
             ValueError: if `output_attentions` is asked for and drafts are trees.
         """
-        text, name = target.config.get_text_config(), target.__class__.__name__
-        kinds = LayerKinds.of(text)
-        column_bound = _column_obstacle(target)
-        obstacle = column_bound or _mask_obstacle(name, kinds, attention_of(text))
+        kinds = LayerKinds.of(target.config.get_text_config())
+        column_bound, obstacle = _column_obstacle(target), mask_obstacle(target)
         takes_trees = obstacle is None
         if not settings.is_chain:
             if not takes_trees:
@@ -118,6 +116,19 @@ class Verifier:
         return left
 
 
+def mask_obstacle(target: PreTrainedModel) -> str | None:
+    """Why a target cannot be given positions and masks that are no plain text's, or None."""
+    text = target.config.get_text_config()
+    kinds, attention = LayerKinds.of(text), attention_of(text)
+    if obstacle := _column_obstacle(target):
+        return obstacle
+    if attention not in ("eager", "sdpa"):
+        return f"{attention} attention takes no tree mask; load the target with `attn_implementation='sdpa'`"
+    if kinds.unknown:
+        return f"{target.__class__.__name__} has layers of a kind without a tree mask ({', '.join(kinds.unknown)})"
+    return None
+
+
 def _column_obstacle(target: PreTrainedModel) -> str | None:
     """Why a node's column in a pass has to be its place in the text, or None."""
     text, name = target.config.get_text_config(), target.__class__.__name__
@@ -125,13 +136,4 @@ def _column_obstacle(target: PreTrainedModel) -> str | None:
         return f"{name} takes no position ids or uses ALiBi, so two nodes cannot share a position"
     if "local" in getattr(text, "attention_layers", ()):  # GPT-Neo
         return f"{name} counts the columns of a pass for its windows, so two nodes cannot share a position"
-    return None
-
-
-def _mask_obstacle(name: str, kinds: LayerKinds, attention: str) -> str | None:
-    """Why a target cannot be given a tree's mask, or None."""
-    if attention not in ("eager", "sdpa"):
-        return f"{attention} attention takes no tree mask; load the target with `attn_implementation='sdpa'`"
-    if kinds.unknown:
-        return f"{name} has layers of a kind without a tree mask ({', '.join(kinds.unknown)})"
     return None
