@@ -233,3 +233,13 @@ def warnings_seen(caplog, monkeypatch) -> Callable[..., list[str]]:
         return [record.getMessage() for record in records if record.name.startswith(of)]
 
     return seen
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in of the Hub on this machine, which this process takes for the Hub."""
+    from hub_stand_in import hub_stand_in
+
+    with hub_stand_in() as hub:
+        hub.serve(monkeypatch)
+        yield hub
