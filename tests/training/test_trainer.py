@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 
 import pytest
@@ -40,8 +41,8 @@ def arguments(folder, **kwargs) -> PosSTrainingArguments:
     return PosSTrainingArguments(**{**defaults, **kwargs})
 
 
-def trained_weights(target, samples, args) -> dict[str, torch.Tensor]:
-    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=3)
+def trained_weights(target, samples, args, positions: int = 3) -> dict[str, torch.Tensor]:
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=positions)
     PosSTrainer(poss, target, args, train_dataset=samples).train()
     return {name: weight.detach().clone() for name, weight in poss.state_dict().items()}
 
@@ -66,35 +67,9 @@ def test_target_stays_as_it_is(target, samples, tmp_path):
     assert all(parameter.grad is None for parameter in target.parameters())
 
 
-def test_defaults_are_those_of_the_public_code(tmp_path):
-    args = PosSTrainingArguments(tmp_path)
-    assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (3e-5, 0.9, 0.95)
-    assert (args.feature_loss_weight, args.token_loss_weight, args.topk_loss_weight, args.loss_top_k) == (
-        1,
-        0.1,
-        0,
-        10,
-    )
-    assert (args.max_grad_value, args.feature_noise, args.warmup_steps) == (0.5, 0.2, 0.01)
-    assert args.lr_scheduler_type == "linear"
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        ({"max_length": 1}, "max_length"),
-        ({"token_loss_weight": -1.0}, "token_loss_weight"),
-        ({"feature_loss_weight": 0.0, "token_loss_weight": 0.0}, "All loss weights"),
-    ],
-)
-def test_wrong_arguments_are_refused(tmp_path, wrong, told):
-    with pytest.raises(ValueError, match=told):
-        PosSTrainingArguments(tmp_path, **wrong)
-
-
 def test_gradient_entries_are_clipped(target, samples, tmp_path):
     """Plain SGD with rate 1 moves an entry by its gradient: with a huge loss, by the limit at most."""
-    huge = {"feature_loss_weight": 1e6, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    huge = {"losses": {"feature": 1e6}, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
     start = make_poss(target, positions_per_specialist=2, num_draft_positions=3).state_dict()
     steps = {}
     for limit in (0.5, None):
@@ -140,7 +115,7 @@ def test_evaluation_counts_what_a_slow_simulation_counts(target, samples, tmp_pa
     reached, accepted = [0] * 3, [0] * 3
     for sample in samples:
         ids = torch.tensor([sample["input_ids"]])
-        features = target_features(target, ids)
+        features, _ = target_features(target, ids)
         with torch.no_grad():
             predictions = poss.roll_out(features[:, :-1], ids[:, 1:])
         wanted = target.lm_head(features[0, 1:]).argmax(-1).tolist()
@@ -187,7 +162,7 @@ def test_overfitting_one_text_makes_generate_accept_all(tmp_path):
     prompt = torch.tensor([[11, 5, 60, 33, 8, 71, 29, 4]])
     wanted = target.generate(prompt, **knobs)
     poss = make_poss(target, positions_per_specialist=2, num_draft_positions=4)
-    args = arguments(tmp_path, max_steps=600, learning_rate=3e-3, feature_loss_weight=0.2, token_loss_weight=1.0)
+    args = arguments(tmp_path, max_steps=300, learning_rate=5e-3, losses="feature=0.2,token=1.0")
     PosSTrainer(poss, target, args, train_dataset=[{"input_ids": wanted[0].tolist()}]).train()
     poss.eval().generation_config.draft_top_k = 1
     with collect_statistics() as stats:
@@ -209,3 +184,338 @@ def test_text_without_a_tokenizer_is_refused(target, dataset, tmp_path):
     poss = make_poss(target, num_draft_positions=3)
     with pytest.raises(ValueError, match="processing_class"):
         PosSTrainer(poss, target, arguments(tmp_path), train_dataset=dataset)
+
+
+# ---- Watching ----
+
+
+def by_position(metrics: dict[str, float], prefix: str = "") -> dict[str, float]:
+    """Of a log what belongs to draft positions, and tau."""
+    kinds = ("loss_feature_", "loss_token_", "accuracy_", "pos_acc_", "tau")
+    return {
+        name.removeprefix(prefix): value
+        for name, value in metrics.items()
+        if name.startswith(prefix) and name.removeprefix(prefix).startswith(kinds)
+    }
+
+
+def test_logs_sum_over_the_steps_since_the_last_log(target, samples, tmp_path):
+    """With weights that stand still, a log of one epoch says what an evaluation of the same samples says."""
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=3, seed=5)
+    args = arguments(
+        tmp_path,
+        learning_rate=0.0,
+        per_device_train_batch_size=2,
+        max_steps=8,
+        logging_steps=4,
+        eval_generate_prompts=0,
+    )
+    trainer = PosSTrainer(poss, target, args, train_dataset=samples, eval_dataset=samples)
+    trainer.train()
+    expected = by_position(trainer.evaluate(), "eval_")
+    assert len(expected) == 4 * 3 + 1
+    logs = [by_position(log) for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        assert log == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluation_loss_weighs_rows(target, samples, tmp_path):
+    """Whatever the batches: a mean over rows, not over batches of samples that differ in length."""
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=3, seed=5)
+    losses = []
+    for size in (1, 3, 8):
+        args = arguments(
+            tmp_path, per_device_eval_batch_size=size, position_weights=[1.0, 0.5, 0.25], eval_generate_prompts=0
+        )
+        losses.append(PosSTrainer(poss, target, args, eval_dataset=samples).evaluate()["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+
+
+def test_evaluation_drafts_for_real(target, samples, tmp_path):
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=3, seed=5)
+    args = arguments(tmp_path, eval_generate_prompts=3, eval_generate_tokens=20, per_device_eval_batch_size=2)
+    metrics = PosSTrainer(poss, target, args, eval_dataset=samples).evaluate()
+    with collect_statistics() as expected:
+        for sample in samples[:3]:
+            prompt = torch.tensor([sample["input_ids"][: len(sample["input_ids"]) // 2]])
+            target.generate(prompt, assistant_model=poss.eval(), max_new_tokens=20, do_sample=False)
+    assert metrics["eval_generate_tau"] == pytest.approx(expected.tau)
+    assert metrics["eval_generate_pos_acc_1"] == pytest.approx(expected.pos_acc[0])
+    none = arguments(tmp_path, eval_generate_prompts=0)
+    assert "eval_generate_tau" not in PosSTrainer(poss, target, none, eval_dataset=samples).evaluate()
+
+
+def test_evaluation_changes_nothing(target, samples, tmp_path):
+    """The same weights as without evaluations: neither noise nor order of the data take notice."""
+    noisy = {"feature_noise": 0.2, "max_steps": 5, "per_device_train_batch_size": 2}
+    without = trained_weights(target, samples, arguments(tmp_path / "without", **noisy))
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=3)
+    args = arguments(tmp_path / "with", eval_strategy="steps", eval_steps=1, eval_generate_tokens=8, **noisy)
+    trainer = PosSTrainer(poss, target, args, train_dataset=samples, eval_dataset=samples)
+    trainer.train()
+    assert sum("eval_tau" in log for log in trainer.state.log_history) == 5
+    for name, weight in poss.state_dict().items():
+        assert torch.equal(weight, without[name])
+    poss.train()
+    trainer.evaluate()
+    assert poss.training
+
+
+def test_a_drop_at_a_boundary_is_warned_about(target, samples, tmp_path, monkeypatch, warnings_seen):
+    """Counts of a second specialist that cannot read the first: pos-acc 0.9, 0.8, then 0.4."""
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=4)
+    forward = type(poss).forward
+    reached = torch.tensor([100, 100, 100, 100])
+
+    @functools.wraps(forward)
+    def scripted_counts(self, **kwargs):
+        output = forward(self, **kwargs)
+        accepted = torch.tensor([90, 80, third, third])
+        output.counts = torch.stack([reached, accepted, reached, accepted]).expand(len(kwargs["input_ids"]), 4, 4)
+        return output
+
+    monkeypatch.setattr(type(poss), "forward", scripted_counts)
+    trainer = PosSTrainer(poss, target, arguments(tmp_path, eval_generate_prompts=0), eval_dataset=samples)
+    third = 75
+    trainer.evaluate()
+    assert not any("pos-acc" in warning for warning in warnings_seen())
+    third = 40
+    assert trainer.evaluate()["eval_pos_acc_3"] == pytest.approx(0.4)
+    (warning,) = (warning for warning in warnings_seen() if "pos-acc" in warning)
+    assert "0.80 at draft position 2 to 0.40 at 3" in warning
+
+
+POISON = 96
+
+
+@pytest.fixture
+def poisoned(samples) -> list[dict[str, list[int]]]:
+    """Samples in their order, the sixth of which has a token that the others lack."""
+    clean = [{"input_ids": [3 if token == POISON else token for token in s["input_ids"]]} for s in samples]
+    return [*clean[:5], {"input_ids": [7, 8, POISON, 9, 10]}, *clean[6:]]
+
+
+def in_order(folder, **kwargs) -> PosSTrainingArguments:
+    return arguments(
+        folder, train_sampling_strategy="sequential", per_device_train_batch_size=2, max_steps=4, **kwargs
+    )
+
+
+def train_until_it_stops(poss, target, samples, args) -> tuple[str, PosSTrainer]:
+    """The error, after a check that the weights are those of the last sound step."""
+    trainer = PosSTrainer(poss, target, args, train_dataset=samples)
+    with pytest.raises(ValueError) as error:
+        trainer.train()
+    assert all(torch.isfinite(weight).all() for weight in poss.parameters())
+    return str(error.value), trainer
+
+
+def test_features_that_are_not_finite_stop_the_run(poisoned, tmp_path):
+    target = make_target("llama")
+    with torch.no_grad():
+        target.get_input_embeddings().weight[POISON] = float("inf")
+    poss = make_poss(target, num_draft_positions=3)
+    text, trainer = train_until_it_stops(poss, target, poisoned, in_order(tmp_path))
+    assert trainer.state.global_step == 2
+    assert "Step 3: the target's features" in text and "sample 2 of 2: tokens [7, 8, 96, 9, 10" in text
+    with pytest.raises(ValueError, match=r"Evaluation: the target's features(.|\n)*\[7, 8, 96"):
+        trainer.evaluate(poisoned)
+
+
+def test_features_beyond_float16_ask_for_bfloat16(poisoned, tmp_path):
+    """Finite in float32, infinite in float16."""
+    target = make_target("llama")
+    with torch.no_grad():
+        target.model.norm.weight.fill_(6e4)
+    samples = [{"input_ids": sample["input_ids"]} for sample in poisoned]
+    text, _ = train_until_it_stops(
+        make_poss(target, num_draft_positions=3), target.half(), samples, in_order(tmp_path)
+    )
+    assert "range of float16: load it in bfloat16" in text
+
+
+def test_a_loss_that_is_not_finite_names_its_batch(target, poisoned, tmp_path):
+    """Accumulated over two batches, the second of which goes wrong."""
+    poss = make_poss(target, num_draft_positions=3)
+    spoilt = []
+
+    def look(module, args, kwargs):
+        spoilt.append(kwargs["input_ids"][:, 1:, None] == POISON)
+
+    poss.register_forward_pre_hook(look, with_kwargs=True)
+    poss.fc.register_forward_hook(lambda module, args, output: output.masked_fill(spoilt[-1], float("nan")))
+    args = in_order(tmp_path, gradient_accumulation_steps=2)
+    text, trainer = train_until_it_stops(poss, target, poisoned, args)
+    assert trainer.state.global_step == 1
+    assert "Step 2: the loss is NaN" in text
+    assert "batch 1 of 2, sample 2 of 2" in text and "tokens [7, 8, 96, 9, 10" in text
+    assert "feature loss of position 1" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_stop_the_run(target, poisoned, tmp_path, value):
+    """An infinite one would be clipped to an innocent size."""
+    poss = make_poss(target, num_draft_positions=3)
+    calls = []
+
+    def spoil(gradient):
+        calls.append(1)
+        return gradient if len(calls) < 3 else gradient.index_fill(0, torch.tensor([0]), value)
+
+    poss.fc.bias.register_hook(spoil)
+    text, trainer = train_until_it_stops(poss, target, poisoned, in_order(tmp_path))
+    assert trainer.state.global_step == 2
+    assert "Step 3: gradients" in text and str(poisoned[4]["input_ids"][:4])[1:-1] in text
+
+
+# ---- Losses and inputs ----
+
+
+def test_weights_of_positions_reach_their_specialists(target, samples, tmp_path):
+    poss = make_poss(target, positions_per_specialist=1, num_draft_positions=3)
+    start = copy.deepcopy(poss.state_dict())
+    args = arguments(tmp_path, optim="sgd", position_weights=[1.0, 0.0, 1.0], losses="token=1.0")
+    PosSTrainer(poss, target, args, train_dataset=samples).train()
+    moved = {name for name, weight in poss.state_dict().items() if not torch.equal(weight, start[name])}
+    assert {name.split(".")[1] for name in moved if name.startswith("layers.")} == {"0", "2"}
+
+
+def test_decay_is_a_weight(target, samples, tmp_path):
+    sgd = {"optim": "sgd", "learning_rate": 0.3}
+    one = trained_weights(target, samples, arguments(tmp_path, loss_decay=0.5, **sgd))
+    other = trained_weights(target, samples, arguments(tmp_path, position_weights=[1.0, 0.5, 0.25], **sgd))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_position_weights_of_another_depth_are_refused(target, samples, tmp_path):
+    poss = make_poss(target, num_draft_positions=3)
+    with pytest.raises(ValueError, match="2 entries.*3 draft positions"):
+        PosSTrainer(poss, target, arguments(tmp_path, position_weights=[1.0, 1.0]), train_dataset=samples)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 1, 2]])
+def test_stored_features_train_as_online_ones(target, samples, tmp_path, layers):
+    weights = []
+    for stored in (False, True):
+        poss = make_poss(target, positions_per_specialist=2, num_draft_positions=3, feature_layers=layers)
+        dataset = samples
+        if stored:
+            dataset = []
+            for sample in samples:
+                features, last = target_features(target, torch.tensor([sample["input_ids"]]), feature_layers=layers)
+                parts = {"features": features[0]} | ({} if layers is None else {"target_features": last[0]})
+                dataset.append({**sample, **parts})
+        args = arguments(tmp_path, optim="sgd", learning_rate=0.3, per_device_train_batch_size=4)
+        PosSTrainer(poss, target, args, train_dataset=dataset).train()
+        weights.append(poss.state_dict())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_draft_vocabulary_comes_from_the_data(target, tmp_path):
+    samples = [{"input_ids": [5, 6, 6, 7, 7, 7, 8, 8, 8, 8] * 2}] * 8
+    poss = make_poss(target, num_draft_positions=2, draft_vocab_size=4)
+    trainer = PosSTrainer(poss, target, arguments(tmp_path, losses="token=1.0"), train_dataset=samples)
+    assert set(poss.draft_vocabulary.tolist()) == {2, 8, 7, 6}  # the end of a sequence always
+    trainer.train()
+    chosen = poss.draft_vocabulary.clone()
+    other = [{"input_ids": [20, 21, 22, 23] * 5}] * 8
+    PosSTrainer(poss, target, arguments(tmp_path), train_dataset=other)
+    assert torch.equal(poss.draft_vocabulary, chosen)  # learnt with, so kept
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
+    ids=["checkpointed", "compiled"],
+)
+def test_same_weights_in_other_ways(target, tmp_path, settings):
+    samples = [{"input_ids": list(range(first, first + 12))} for first in (3, 20, 40, 60)]
+    sgd = {"optim": "sgd", "learning_rate": 0.3, "max_steps": 2, "per_device_train_batch_size": 2}
+    plain = trained_weights(target, samples, arguments(tmp_path / "plain", **sgd), positions=2)
+    other = trained_weights(target, samples, arguments(tmp_path / "other", **sgd, **settings), positions=2)
+    for name, weight in plain.items():
+        torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_keeps_full_weights(samples, tmp_path):
+    target = make_target("llama", scale=3.0).bfloat16()
+    poss = make_poss(target, num_draft_positions=3).float()
+    args = arguments(tmp_path, bf16=True, logging_steps=1, max_steps=20, per_device_train_batch_size=8)
+    trainer = PosSTrainer(poss, target, args, train_dataset=samples, eval_dataset=samples)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[-1] < 0.9 * losses[0]
+    assert {parameter.dtype for parameter in poss.parameters()} == {torch.float32}
+    assert math.isfinite(trainer.evaluate()["eval_generate_tau"])
+
+
+def test_a_peft_model_trains_its_adapter(target, samples, tmp_path):
+    peft = pytest.importorskip("peft")
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=3)
+    before = {name: weight.clone() for name, weight in poss.named_parameters()}
+    torch.manual_seed(0)
+    model = peft.get_peft_model(poss, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    trainer = PosSTrainer(model, target, args, train_dataset=samples, eval_dataset=samples)
+    trainer.train()
+    for name, weight in poss.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(weight, before[name.replace(".base_layer", "")])
+    assert trainer.estimate.trained == sum(p.numel() for name, p in poss.named_parameters() if "lora_" in name)
+    assert any(weight.abs().max() > 0 for name, weight in poss.named_parameters() if "lora_B" in name)
+    assert "eval_generate_tau" in trainer.evaluate()
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
+
+
+def test_a_stream_trains(target, samples, tmp_path):
+    from datasets import IterableDataset
+
+    stream = IterableDataset.from_generator(lambda: iter(samples))
+    poss = make_poss(target, num_draft_positions=2, draft_vocab_size=20)
+    trainer = PosSTrainer(poss, target, arguments(tmp_path), train_dataset=stream, eval_dataset=stream)
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.estimate.tokens_per_epoch is None
+    assert (poss.draft_vocabulary >= 0).all()
+    assert "eval_generate_tau" in trainer.evaluate()
+
+
+def test_other_models_are_refused(target, samples, tmp_path):
+    with pytest.raises(ValueError, match="LlamaForCausalLM; expected a PosSModel"):
+        PosSTrainer(target, target, arguments(tmp_path), train_dataset=samples)
+
+
+# ---- What is kept of a run ----
+
+
+def test_a_run_leaves_a_record_and_a_card(target, samples, tmp_path):
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=3, target_name_or_path="me/target")
+    args = arguments(tmp_path, losses="token=1.0", eval_generate_tokens=8)
+    trainer = PosSTrainer(poss, target, args, train_dataset=samples, eval_dataset=samples[:3])
+    trainer.provenance = {"datasets": ["me/data"], "init_from": "me/eagle"}
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+    record = json.loads((tmp_path / "training_record.json").read_text())
+    assert (record["samples"], record["tokens"], record["eval_samples"]) == (8, sum(LENGTHS), 3)
+    assert (record["losses"], record["num_draft_positions"], record["positions_per_specialist"]) == (
+        {"token": 1},
+        3,
+        2,
+    )
+    assert (record["datasets"], record["init_from"]) == (["me/data"], "me/eagle")
+    assert record["metrics"]["eval_tau"] == pytest.approx(metrics["eval_tau"])
+    assert record["generate_tau"] == pytest.approx(metrics["eval_generate_tau"])
+    assert record["hyperparameters"]["steps"] == 2
+    assert (tmp_path / "README.md").is_file() and (tmp_path / "model.safetensors").is_file()
+
+
+def test_resuming_other_specialists_is_refused(target, samples, tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2)
+    trained_weights(target, samples, args)
+    other = make_poss(target, positions_per_specialist=1, num_draft_positions=3)
+    trainer = PosSTrainer(other, target, args, train_dataset=samples)
+    with pytest.raises(ValueError, match="positions_per_specialist"):
+        trainer.train(resume_from_checkpoint=True)

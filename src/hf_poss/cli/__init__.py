@@ -11,7 +11,11 @@ COMMANDS = {
     "demo": "complete held-out code with the pair that ships with the package",
     "generate": "complete a prompt with a target and its specialists",
     "train": "train specialists for a target on text",
+    "regenerate": "let a target write the answers of a dataset itself",
+    "extract": "store a target's features of a dataset, for training without running it",
     "convert": "turn a published PosS, EAGLE or HASS checkpoint into this package's layout",
+    "card": "write the model card of a folder from what is recorded there",
+    "push": "upload specialists to the Hub, with their model card",
 }
 
 

@@ -1,7 +1,6 @@
 """`hf-poss demo`: the shipped pair completes code that it has never seen, with and without specialists."""
 
 import argparse
-import platform
 import statistics
 import sys
 
@@ -23,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..demo import demo_prompts, load_demo_pair
     from ..evaluation import compare_speed
+    from ..hub.provenance import describe_processor
     from .display import colored_text, describe_authors, describe_statistics, legend, uses_color
 
     transformers.utils.logging.disable_progress_bar()
@@ -35,8 +35,7 @@ def run(args: argparse.Namespace) -> int:
         f"{poss.config.num_draft_positions} positions, {_millions(poss)}"
     )
     print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads on "
-        f"{_processor()}, float32, greedy"
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {describe_processor()}, float32, greedy"
     )
     if color:
         print(f"written by: {legend(poss.config.num_specialists)}")
@@ -85,11 +84,3 @@ def run(args: argparse.Namespace) -> int:
 
 def _millions(model) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f}M parameters"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

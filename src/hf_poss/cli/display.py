@@ -17,8 +17,9 @@ _TARGET_STYLE = "\033[1m"
 _SPECIALIST_STYLES = ("\033[32m", "\033[36m", "\033[35m", "\033[33m", "\033[34m", "\033[31m")
 
 
-def uses_color(stream: TextIO = sys.stdout) -> bool:
-    """Whether `stream` is a terminal that wants colours (https://no-color.org)."""
+def uses_color(stream: TextIO | None = None) -> bool:
+    """Whether `stream`, the standard output by default, is a terminal that wants colours (https://no-color.org)."""
+    stream = sys.stdout if stream is None else stream
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 

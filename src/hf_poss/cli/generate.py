@@ -1,25 +1,92 @@
 """`hf-poss generate`: a prompt, a target and its specialists."""
 
 import argparse
+import json
+import os
+from typing import Any
 
 
-__all__ = ["add_arguments", "add_model_arguments", "load_target", "run"]
+__all__ = ["add_arguments", "add_model_arguments", "check_loading", "load_target", "run", "target_names"]
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", required=True, help="folder or Hub name of the target")
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--target", required=required, help="folder or Hub name of the target")
+    parser.add_argument("--revision", help="branch, tag or commit of the target's repository")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the target")
     parser.add_argument("--dtype", default="auto", help="of the target: float32, bfloat16... (default: as stored)")
+    parser.add_argument("--attn_implementation", help="of the target: sdpa, eager, flash_attention_2...")
+    parser.add_argument("--load_in_4bit", action="store_true", help="pack the target's weights (NF4, bitsandbytes)")
     parser.add_argument("--device", help="cpu, cuda... (default: an accelerator if there is one)")
+    parser.add_argument(
+        "--device_map", help="spreads the target over the devices of one process: auto, balanced... or JSON"
+    )
 
 
-def load_target(args: argparse.Namespace):
-    """The target and its tokenizer."""
+def target_names(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say which target it is."""
+    return {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+
+
+def check_loading(args: argparse.Namespace) -> None:
+    """Refuses, before anything is loaded, what [`load_target`] could not do here.
+
+    Raises:
+        ValueError: if bitsandbytes is asked for and absent, or each of several processes would take all devices.
+    """
+    from transformers.utils import is_bitsandbytes_available
+
+    if args.load_in_4bit and not is_bitsandbytes_available():
+        raise ValueError(
+            "`--load_in_4bit` needs bitsandbytes and a device that it supports. Install it (pip install "
+            "bitsandbytes), or load the target in bfloat16: `--dtype bfloat16`."
+        )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.device_map and processes > 1:
+        raise ValueError(
+            f"`--device_map {args.device_map}` spreads the target over all devices of a process, and {processes} "
+            "processes were launched. Leave it out: each then loads the target on a device of its own; or start one "
+            "process with python."
+        )
+
+
+def load_target(args: argparse.Namespace, device: Any = None) -> tuple[Any, Any]:
+    """The target and its tokenizer. Each of several processes loads it whole, on a device of its own.
+
+    Args:
+        args: of [`add_model_arguments`].
+        device: where to put it, if `args` does not say.
+
+    Raises:
+        ValueError: see [`check_loading`].
+    """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers.utils import is_accelerate_available
 
-    device = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=args.dtype).to(device).eval()
-    return target, AutoTokenizer.from_pretrained(args.target)
+    check_loading(args)
+    options = {**target_names(args), "dtype": args.dtype, "attn_implementation": args.attn_implementation}
+    if args.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    device = torch.device(args.device or device or _local_device())
+    if args.device_map:
+        options["device_map"] = json.loads(args.device_map) if args.device_map[0] == "{" else args.device_map
+    elif device.type != "cpu" and is_accelerate_available():
+        options["device_map"] = {"": device}  # read right onto the device, not by way of the host's memory
+    target = AutoModelForCausalLM.from_pretrained(args.target, **options)
+    if "device_map" not in options:
+        target = target.to(device)
+    return target.eval(), AutoTokenizer.from_pretrained(args.target, **target_names(args))
+
+
+def _local_device() -> Any:
+    """The accelerator of this process, of several on a machine; the CPU where there is none."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return "cpu"
+    return torch.device(torch.accelerator.current_accelerator().type, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     import transformers
 
     from ..evaluation import compare_speed
-    from ..modeling_poss import PosSModel
+    from ..modeling_poss import PosSModel, placement
     from ..statistics import collect_statistics
     from .display import colored_text, describe_authors, describe_statistics, legend, uses_color
 
@@ -53,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     given = (
         {} if args.positions_per_specialist is None else {"positions_per_specialist": args.positions_per_specialist}
     )
-    poss = PosSModel.from_pretrained(args.poss, **given).to(target.device).eval()
+    poss = PosSModel.from_pretrained(args.poss, **given).to(placement(target)[0]).eval()
     for knob, value in (
         ("num_assistant_tokens", args.depth),
         ("draft_top_k", args.top_k),

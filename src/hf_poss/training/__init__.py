@@ -1,9 +1,18 @@
 """Recursive training of position specialists on a frozen target."""
 
 from .arguments import PosSTrainingArguments
-from .data import PosSDataCollator, tokenize_texts
+from .collator import PosSDataCollator
+from .data import prepare_dataset
+from .datasets import load_texts
 from .metrics import position_metrics
 from .trainer import PosSTrainer
 
 
-__all__ = ["PosSDataCollator", "PosSTrainer", "PosSTrainingArguments", "position_metrics", "tokenize_texts"]
+__all__ = [
+    "PosSDataCollator",
+    "PosSTrainer",
+    "PosSTrainingArguments",
+    "load_texts",
+    "position_metrics",
+    "prepare_dataset",
+]
