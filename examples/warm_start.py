@@ -144,7 +144,8 @@ def main(argv: list[str] | None = None) -> None:
         told = ", ".join("never" if step is None else str(step) for step in steps)
         print(f"Step at which the {other} start reaches the last tau of the {start} start, by seed: {told}")
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "curves.json").write_text(json.dumps({"arguments": vars(args), "curves": curves}, default=str))
+    arguments = vars(args) | {"target": Path(args.target).name, "eagle": Path(eagle).name, "output": None}
+    (args.output / "curves.json").write_text(json.dumps({"arguments": arguments, "curves": curves}, indent=1))
 
 
 if __name__ == "__main__":

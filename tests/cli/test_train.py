@@ -3,7 +3,10 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_poss import PosSModel
+from hf_poss import PosSModel, PosSTrainingArguments
 from hf_poss.cli import generate, main
 from hf_poss.cli.train import make_parser
 
@@ -83,7 +86,21 @@ def test_the_same_command_goes_on(folder, tmp_path):
         assert torch.equal(weight, weights[name])
     state = json.loads((tmp_path / "stops" / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
-    assert train(folder, tmp_path / "stops", *steps, "--resume", "never") == 0
+
+
+def test_a_new_run_beside_checkpoints_is_refused_early(folder, tmp_path, capsys, no_target_later):
+    """Later they would be taken for its own."""
+    assert train(folder, tmp_path, "--save_steps", "1", "--resume", "never") == 0
+    no_target_later()
+    assert train(folder, tmp_path, "--resume", "never") == 1
+    assert f"{tmp_path}/checkpoint-2 is of an earlier run" in capsys.readouterr().err
+
+
+def test_finished_specialists_of_another_make_are_refused_early(folder, tmp_path, capsys, no_target_later):
+    assert train(folder, tmp_path, "--save_strategy", "no") == 0
+    no_target_later()
+    assert train(folder, tmp_path, "--num_draft_positions", "2") == 1
+    assert "(K) was 3 and is now 2" in capsys.readouterr().err
 
 
 def test_options_reach_the_specialists(folder, tmp_path):
@@ -105,6 +122,13 @@ def test_warm_start_from_an_eagle_layer(folder, tmp_path):
         for one, other in zip(layer.parameters(), eagle.layers[0].parameters(), strict=True):
             assert torch.equal(one, other)
     assert json.loads((tmp_path / "training_record.json").read_text())["init_from"] == f"{folder}/eagle"
+
+
+@pytest.mark.parametrize("start", ["random", "EAGLE"])
+def test_the_papers_learning_rate_is_for_a_warm_start(folder, tmp_path, warnings_seen, start):
+    options = ["--init_from_eagle", f"{folder}/eagle"] if start == "EAGLE" else []
+    assert train(folder, tmp_path, "--learning_rate", "3e-5", "--max_steps", "1", *options) == 0
+    assert any("random weights" in text for text in warnings_seen()) == (start == "random")
 
 
 def test_adapters_come_from_json(folder, tmp_path):
@@ -132,9 +156,16 @@ def test_preview_prints_and_trains_nothing(folder, tmp_path, capsys, monkeypatch
 
 
 @pytest.fixture
-def no_target(monkeypatch):
+def no_target_later(monkeypatch) -> Callable[[], None]:
+    """From the call on, to load the target is a failure."""
+    loaded = partial(monkeypatch.setattr, AutoModelForCausalLM, "from_pretrained")
+    return lambda: loaded(lambda *args, **kwargs: pytest.fail("loaded"))
+
+
+@pytest.fixture
+def no_target(no_target_later):
     """Whatever is refused must be refused before the target is loaded."""
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("loaded"))
+    no_target_later()
 
 
 @pytest.mark.parametrize(
@@ -152,6 +183,16 @@ def no_target(monkeypatch):
         (["--streaming", "--eval_share", "0.5"], "--eval_dataset"),
         (["--eval_share", "1.5"], "eval_share"),
         (["--load_in_4bit"], "bitsandbytes"),
+        (["--dtype", "float7"], "--dtype float7"),
+        (["--device", "gpu"], "--device gpu"),
+        (["--device", "meta"], "--device meta"),
+        (["--device_map", "{cpu}"], "--device_map.* JSON"),
+        (["--target", "/nowhere"], "no folder /nowhere"),
+        (["--init_from_eagle", "/nowhere"], "no folder /nowhere"),
+        (["--report_to", "clearml"], "clearml"),
+        (["--report_to", "nothing"], "nothing"),
+        (["--eval_strategy", "steps", "--eval_steps", "1"], "--eval_dataset"),
+        (["--eval_share", "0.2", "--metric_for_best_model", "eval_tua"], "'tua'.* tau"),
         (["--resume", "nowhere"], "nowhere"),
         (["--feature_layers", "0", "--init_from_eagle", "EAGLE"], "EAGLE layer"),
     ],
@@ -221,13 +262,22 @@ def test_saving_memory_in_fsdp_is_refused_early(folder, tmp_path, no_target, cap
     """In all processes but the first the target would have no weights."""
     from hf_poss.training.preflight import check_launch
 
-    check_launch()
+    args = PosSTrainingArguments(tmp_path, use_cpu=True)
+    check_launch(args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false"):
-        check_launch()
+        check_launch(args)
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
-    check_launch()
+    check_launch(args)
+
+
+def test_clipping_entries_under_deepspeed_is_refused_early():
+    from hf_poss.training.preflight import check_launch
+
+    check_launch(SimpleNamespace(max_grad_value=0.0, deepspeed_plugin=object()))
+    with pytest.raises(ValueError, match="--max_grad_value 0 --max_grad_norm 0.5"):
+        check_launch(SimpleNamespace(max_grad_value=0.5, deepspeed_plugin=object()))
 
 
 def test_target_options_reach_transformers(folder, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .generate import add_model_arguments, check_loading, load_target, target_names
+from .generate import add_model_arguments, check_folder, check_loading, load_target, target_names
 
 
 if TYPE_CHECKING:
@@ -60,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         default="auto",
-        help="auto: from the newest whole checkpoint in the output folder, if there is one; never; or a checkpoint",
+        help="auto: from the newest whole checkpoint in the output folder, if there is one; never: from the start, "
+        "into a folder without checkpoints; or a checkpoint",
     )
     known = set(parser._option_string_actions)
     training = parser.add_argument_group("training")
@@ -85,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    from ..limits import learned_positions
     from ..training import PosSTrainer
-    from ..training.preflight import check_start, choose_checkpoint
+    from ..training.preflight import check_evaluation, check_start, choose_checkpoint
     from ..training.whole_models import whole_models
 
     arguments = _training_arguments(args)
@@ -96,10 +98,11 @@ def run(args: argparse.Namespace) -> int:
     with whole_models(arguments):
         poss = _from_eagle(args)
     config = _config(args, target_config) if poss is None else poss.config
+    check_evaluation(arguments, config.num_draft_positions, bool(args.eval_dataset or args.eval_share))
     check_start(arguments, config, target_config, tokenizer, streaming=args.streaming)
     checkpoint = choose_checkpoint(args.resume_from_checkpoint or args.resume, arguments.output_dir, config)
     with arguments.main_process_first(desc="reading the data"):
-        train_dataset, eval_dataset = _datasets(args, arguments, config, tokenizer)
+        train_dataset, eval_dataset = _datasets(args, arguments, config, tokenizer, learned_positions(target_config))
     prints = arguments.process_index == 0
     if args.preview is not None:
         if prints:
@@ -175,9 +178,18 @@ def _config(args: argparse.Namespace, target_config: "PreTrainedConfig") -> "Pos
 def _specialists(args: argparse.Namespace, target: Any) -> "PosSModel":
     """Fresh ones. Their weights are float32; `bf16` and `fp16` compute in half precision."""
     from transformers import set_seed
+    from transformers.utils import logging
 
     from ..modeling_poss import PosSModel
+    from ..training import PosSTrainingArguments
 
+    paper = PosSTrainingArguments.learning_rate
+    if args.learning_rate == paper:
+        logging.get_logger(__name__).warning(
+            f"The learning rate is {paper}, the paper's for specialists that start from an EAGLE layer "
+            "(`--init_from_eagle`). These start from random weights, which learn slowly with it: small drafters took "
+            "`--learning_rate 1e-3`."
+        )
     set_seed(args.seed)
     reading = {"feature_layers": args.feature_layers, "draft_vocab_size": args.draft_vocab_size}
     return PosSModel.from_target(target, **_positions(args), **reading).float()
@@ -195,6 +207,7 @@ def _from_eagle(args: argparse.Namespace) -> "PosSModel | None":
             "An EAGLE layer reads the target's last hidden states. Leave out `--feature_layers`, or start without "
             "`--init_from_eagle`."
         )
+    check_folder(args.init_from_eagle)
     set_seed(args.seed)
     poss = PosSModel.from_eagle(
         args.init_from_eagle, **_positions(args), draft_vocab_size=args.draft_vocab_size, dtype="float32"
@@ -208,8 +221,9 @@ def _datasets(
     arguments: "PosSTrainingArguments",
     config: "PosSConfig",
     tokenizer: "PreTrainedTokenizerBase",
+    positions: int | None,
 ) -> tuple[Any, Any]:
-    """Samples for training and for evaluation, or None for those."""
+    """Samples for training and for evaluation, or None for those, in which no text is longer than `positions`."""
     from datasets import concatenate_datasets
 
     from ..training.data import check_samples, prepare_dataset
@@ -219,7 +233,7 @@ def _datasets(
         samples = prepare_dataset(
             dataset, tokenizer, arguments.max_length, arguments.packing, arguments.dataset_text_field
         )
-        check_samples(samples, config.num_draft_positions)
+        check_samples(samples, config.num_draft_positions, positions)
         return samples
 
     if not 0 <= args.eval_share < 1:
