@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
             if abs(naive[key] - ours[key]) > (1e-3 if args.dtype == "float32" else 5e-2) * abs(naive[key]):
                 raise ArithmeticError(f"T = {tokens}: {key} {naive[key]} (naive) and {ours[key]} differ.")
         rates = [args.batch_size * tokens / result["seconds"] for result in (naive, ours)]
-        memory = ours["bytes"] / naive["bytes"]
+        memory = ours["bytes"] / max(naive["bytes"], 1)
         rows.append(
             {"tokens": tokens, "naive": naive, "hf_poss": ours, "memory": memory, "speed": rates[1] / rates[0]}
         )

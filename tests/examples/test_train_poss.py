@@ -1,8 +1,7 @@
-"""The training script, as a user starts it."""
+"""The training script; `test_accelerate_configs.py` starts it in processes of its own."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from conftest import make_target
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from hf_poss.cli import main
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_poss.py"
@@ -32,32 +33,28 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(command: list[str], folder: Path, output: Path) -> str:
-    options = ["--target", f"{folder}/target", "--dataset", f"{folder}/texts.jsonl", "--output_dir", str(output)]
+def run_script(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The script as `python` would start it, in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    return end.value.code
+
+
+def test_script_and_command_train_the_same_weights(folder, tmp_path, monkeypatch, capsys):
     sizes = ["--num_draft_positions", "2", "--max_steps", "3", "--max_length", "16", "--learning_rate", "1e-2"]
     quiet = ["--device", "cpu", "--report_to", "none", "--save_strategy", "no", "--losses", "token=1.0"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *options, *sizes, *quiet], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_script_and_command_train_the_same_weights(folder, tmp_path):
-    command = [sys.executable, "-c", "import sys; from hf_poss.cli import main; sys.exit(main())", "train"]
-    outputs = {"script": [sys.executable, str(EXAMPLE)], "command": command}
-    for name, start in outputs.items():
-        assert "tokens per epoch" in run(start, folder, tmp_path / name)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in outputs]
+    options = ["--target", f"{folder}/target", "--dataset", f"{folder}/texts.jsonl", *sizes, *quiet]
+    assert run_script([*options, "--output_dir", f"{tmp_path}/script"], monkeypatch) == 0
+    assert "tokens per epoch" in capsys.readouterr().out
+    assert main(["train", *options, "--output_dir", f"{tmp_path}/command"]) == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("script", "command")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
-def test_script_says_what_is_wrong(folder, tmp_path):
-    wrong = [sys.executable, str(EXAMPLE), "--target", f"{folder}/target", "--dataset", "nowhere.jsonl"]
-    result = subprocess.run(
-        [*wrong, "--output_dir", str(tmp_path), "--device", "cpu"], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 1
-    assert "nowhere.jsonl" in result.stderr and "Traceback" not in result.stderr
+def test_script_says_what_is_wrong(folder, tmp_path, monkeypatch, capsys):
+    wrong = ["--target", f"{folder}/target", "--dataset", "nowhere.jsonl", "--output_dir", str(tmp_path)]
+    assert run_script([*wrong, "--device", "cpu"], monkeypatch) == 1
+    error = capsys.readouterr().err
+    assert "nowhere.jsonl" in error and "Traceback" not in error
