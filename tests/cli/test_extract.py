@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_target
 from tiny_chat import word_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_poss.cli import main
 from hf_poss.training.data import prepare_dataset
@@ -100,6 +101,19 @@ def test_other_settings_are_refused_before_the_target_is_loaded(folder, store, c
     assert "'bfloat16' then" in capsys.readouterr().err
     assert main(command(folder, store, "--max_length", "10")) == 1
     assert "samples_digest" in capsys.readouterr().err
+
+
+def test_the_revision_is_that_of_config_tokenizer_and_target(folder, tmp_path, monkeypatch):
+    asked = {}
+    for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+
+        def spy(name, *args, loader=loader, load=loader.from_pretrained, revision=None, **kwargs):
+            asked.setdefault(loader, set()).add(revision)
+            return load(name, *args, revision=revision, **kwargs)
+
+        monkeypatch.setattr(loader, "from_pretrained", spy)
+    assert main(command(folder, tmp_path / "features", "--revision", "v2")) == 0
+    assert asked == {loader: {"v2"} for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM)}
 
 
 def test_a_short_disk_is_refused_before_the_target_is_loaded(folder, tmp_path, capsys, monkeypatch):

@@ -26,6 +26,13 @@ LLAMA3 = (
     "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+# Opens the assistant's next turn whether that is asked for or not.
+LLAMA3_ALWAYS_OPEN = LLAMA3.replace("{% if add_generation_prompt %}", "{% if true or add_generation_prompt %}")
+# Ends every text, not turn, with the end of sequence.
+PHI3 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
 # Adds a system prompt, drops the thoughts of earlier turns, and writes empty ones in the last turn.
 THINKING = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe nice.<|im_end|>\n' }}{% endif %}"

@@ -44,14 +44,24 @@ def test_what_follows_the_last_turn_does_not_count():
         assert mask(template, TURNS[:3]) == CHATML_MASK.partition(ASSISTANT + "⟦no")[0]
 
 
-def test_templates_that_trim():
-    def header(role):
-        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+def header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
-    assert mask(templates.LLAMA3, [SYSTEM, *TURNS]) == (
-        f"<s>{header('system')}S<|eot_id|>{header('user')}hi<|eot_id|>{header('assistant')}⟦yes<|eot_id|>⟧"
-        f"{header('user')}so?<|eot_id|>{header('assistant')}⟦no<|eot_id|>⟧"
-    )
+
+LLAMA3_MASK = (
+    f"<s>{header('system')}S<|eot_id|>{header('user')}hi<|eot_id|>{header('assistant')}⟦yes<|eot_id|>⟧"
+    f"{header('user')}so?<|eot_id|>{header('assistant')}⟦no<|eot_id|>⟧"
+)
+
+
+def test_templates_that_trim():
+    assert mask(templates.LLAMA3, [SYSTEM, *TURNS]) == LLAMA3_MASK
+
+
+def test_what_ends_the_text_but_not_the_turn_does_not_count():
+    assert mask(templates.LLAMA3_ALWAYS_OPEN, [SYSTEM, *TURNS]) == LLAMA3_MASK + header("assistant")
+    assert mask(templates.PHI3, TURNS) == CHATML_MASK + "</s>"
+    assert mask(templates.PHI3, TURNS[:3]) == CHATML_MASK.partition(ASSISTANT + "⟦no")[0] + "</s>"
 
 
 def test_templates_that_drop_earlier_thoughts():
@@ -80,6 +90,14 @@ def test_templates_that_end_the_last_turn_otherwise():
 def test_templates_without_header_that_move_the_system_prompt():
     assert mask(templates.INSTRUCTIONS, [SYSTEM, *TURNS]) == (
         "<s>[INST] hi [/INST]⟦ yes</s>⟧[INST] S\n\nso? [/INST]⟦ no</s>⟧"
+    )
+
+
+def test_the_space_behind_an_instruction_counts():
+    """The prompt ends in front of it, also where it is a token of its own."""
+    turns = [TURNS[0], {"role": "assistant", "content": "a"}, TURNS[2], {"role": "assistant", "content": "b"}]
+    assert (
+        mask(templates.INSTRUCTIONS, [SYSTEM, *turns]) == "<s>[INST] hi [/INST]⟦ a</s>⟧[INST] S\n\nso? [/INST]⟦ b</s>⟧"
     )
 
 

@@ -195,6 +195,28 @@ def test_some_rows_without_anything_are_left_out_with_a_warning(chatty, kind, wa
     assert kind == "streamed" or "Of 5 rows" in warning and ": 3 without" in warning
 
 
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([{"text": None}, {"text": "hi"}], "without text"),
+        ([{"prompt": "hi", "completion": None}, {"prompt": "hi", "completion": "yes"}], "without a completion"),
+        ([{"prompt": None, "completion": None}, {"prompt": CHAT[:1], "completion": CHAT[1:]}], "without text"),
+        ([{"question": "hi", "answer": None}, {"question": "hi", "answer": "yes"}], "without a message of"),
+        ([{"messages": None}, {"messages": CHAT}], "without a message of"),
+        ([{"input_ids": None}, {"input_ids": [1, 2, 3]}], "of fewer than two tokens"),
+    ],
+)
+def test_rows_with_gaps_are_left_out(chatty, rows, reason, warnings_seen):
+    assert len(prepare_dataset(datasets.Dataset.from_list(rows), chatty, max_length=100)) == 1
+    [warning] = warnings_seen()
+    assert f"Of 2 rows these are left out: 1 {reason}" in warning
+
+
+def test_a_length_that_holds_nothing_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="`max_length` is 1; expected 2 or more"):
+        prepare_dataset(["a b"], tokenizer, max_length=1)
+
+
 def test_processes_share_the_work(chatty):
     rows = [{"messages": [CHAT[0], {"role": "assistant", "content": "yes" * number}]} for number in range(1, 21)]
     alone = prepare_dataset(rows, chatty, max_length=60)

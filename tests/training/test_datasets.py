@@ -119,11 +119,26 @@ def test_a_broken_file_is_named(folder):
         load_texts(folder / "a.jsonl")
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_an_empty_file_is_named(folder, streaming):
+def test_lines_that_are_no_objects_are_refused_with_what_is_expected(folder):
+    (folder / "a.jsonl").write_text('"one"\n"two"\n')
+    with pytest.raises(ValueError, match=r"a.jsonl cannot be read.*an object on every line"):
+        load_texts(folder / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.txt", ""), ("a.csv", ""), ("a.csv", "text\n")],
+)
+def test_an_empty_file_is_named(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} is empty"):
+        load_texts(folder / name)
+
+
+def test_an_empty_stream_is_named(folder):
     (folder / "a.jsonl").write_text("")
     with pytest.raises(ValueError, match="a.jsonl is empty"):
-        load_texts(folder / "a.jsonl", streaming=streaming)
+        load_texts(folder / "a.jsonl", streaming=True)
 
 
 def test_names_go_to_the_hub(monkeypatch):
@@ -133,16 +148,26 @@ def test_names_go_to_the_hub(monkeypatch):
         asked.append((args, kwargs))
         raise datasets.exceptions.DatasetNotFoundError("no such dataset")
 
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *args, **kwargs: None)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(FileNotFoundError, match="'me/chats', neither here nor on the Hub.*there are"):
         load_texts("me/chats", "large", "test", streaming=True)
     assert asked == [(("me/chats",), {"name": "large", "split": "test", "streaming": True})]
 
 
-def test_a_hub_out_of_reach(monkeypatch):
-    def load_dataset(*args, **kwargs):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, streaming):
+    asked = []
+
+    def dataset_info(self, name, **kwargs):
+        asked.append(name)
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    def fail(*args, **kwargs):
+        pytest.fail("asked again")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", fail)
     with pytest.raises(OSError, match="no file or folder 'chats' here, and the Hub cannot be asked.*no network"):
-        load_texts("chats")
+        load_texts("chats", streaming=streaming)
+    assert asked == ["chats"] and not datasets.config.HF_HUB_OFFLINE

@@ -22,6 +22,8 @@ def read(row: dict, template: str | None = None, text_field: str = "text"):
         {"messages": MESSAGES},
         {"conversations": MESSAGES, "id": 3},
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+        {"conversations": [{"from": "Human", "value": "hi"}, {"from": "bing", "value": "yes"}]},
+        {"conversations": [{"from": "user", "value": "hi"}, {"from": "chatgpt", "value": "yes"}]},
         {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in MESSAGES]},
         {"messages": [{**m, "content": [{"type": "text", "value": m["content"]}]} for m in MESSAGES]},
         {"messages": [{**m, "tool_calls": None, "name": None} for m in MESSAGES]},
@@ -66,6 +68,9 @@ def test_sharegpt_calls_are_calls_where_the_template_writes_them():
 def test_prompts_and_completions():
     assert read({"prompt": "a", "completion": "b"}, "template") == Passage("b", "a")
     assert read({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}) == Conversation(MESSAGES, prompt_length=1)
+    assert read({"prompt": None, "completion": "b"}) == Passage("b")
+    assert read({"prompt": MESSAGES[:1], "completion": None}) == Conversation(MESSAGES[:1], prompt_length=1)
+    assert read({"instruction": "a", "output": None}, "template") == Conversation([{"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match="`prompt` is str and `completion` is list"):
         read({"prompt": "a", "completion": MESSAGES})
 
@@ -81,7 +86,8 @@ def test_text_goes_before_the_parts_it_was_made_of():
         ({"prompt": {"text": "a"}}, r"columns \['prompt'\].*expected `messages`"),
         ({"text": [1, 2]}, "'text' holds list"),
         ({"messages": "hi"}, "'messages' holds str"),
-        ({"messages": ["hi"]}, "neither `role` nor `from`"),
+        ({"messages": ["hi"]}, "no `role`"),
+        ({"messages": [{"role": 3, "content": "hi"}]}, "no `role`"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "trained on text.*image"),
         ({"messages": MESSAGES, "tools": "{"}, "`tools` is not JSON"),
         ({"question": ["a"], "answer": "b"}, "else than text"),

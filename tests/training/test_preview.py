@@ -1,6 +1,7 @@
 """Samples as text."""
 
 import chat_templates as templates
+import pytest
 from chat_templates import make_tokenizer
 
 from hf_poss.training import prepare_dataset
@@ -27,6 +28,11 @@ def test_colours_take_their_place():
     assert "\033[32myes no<|im_end|>\033[0m" in shown
     assert "\033[2mhi<|im_end|>\033[0m\n\033[2m<|im_start|>assistant\033[0m\n" in shown
     assert "⟦" not in shown
+
+
+def test_a_count_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="0 samples to show"):
+        describe_samples([], make_tokenizer(), 0, color=False)
 
 
 def test_documents_of_packed_samples():

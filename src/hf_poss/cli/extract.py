@@ -3,7 +3,7 @@
 import argparse
 
 from .data import add_data_arguments, load_rows
-from .generate import add_model_arguments, load_target
+from .generate import add_model_arguments, check_loading, load_target, target_names
 
 
 __all__ = ["add_arguments", "run"]
@@ -42,8 +42,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"`--batch_size` is {args.batch_size}; expected 1 or more.")
     if args.shard_size <= 0:
         raise ValueError(f"`--shard_size` is {args.shard_size}; expected more than 0 GiB.")
+    check_loading(args)
     rows = load_rows(args)
-    config, tokenizer = AutoConfig.from_pretrained(args.target), AutoTokenizer.from_pretrained(args.target)
+    config = AutoConfig.from_pretrained(args.target, **target_names(args))
+    tokenizer = AutoTokenizer.from_pretrained(args.target, **target_names(args))
     check_tokenizer(tokenizer, config)
     samples = prepare_dataset(rows, tokenizer, args.max_length, args.packing, args.dataset_text_field)
     index = plan_store(
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         config,
         args.feature_layers,
         args.feature_dtype,
-        target_dtype=None if args.dtype == "auto" else args.dtype,
+        target_dtype="nf4" if args.load_in_4bit else None if args.dtype == "auto" else args.dtype,
         shard_bytes=int(args.shard_size * 2**30),
         target_name=args.target,
         tokenizer_name=tokenizer.name_or_path,

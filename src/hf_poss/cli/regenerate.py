@@ -5,7 +5,7 @@ import hashlib
 from typing import Any
 
 from .data import add_data_arguments, load_rows
-from .generate import add_model_arguments, load_target
+from .generate import add_model_arguments, check_loading, load_target, target_names
 
 
 __all__ = ["add_arguments", "run"]
@@ -46,8 +46,10 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed)
     if args.batch_size < 1:
         raise ValueError(f"`--batch_size` is {args.batch_size}; expected 1 or more.")
+    check_loading(args)
     dataset = load_rows(args)
-    config, tokenizer = AutoConfig.from_pretrained(args.target), AutoTokenizer.from_pretrained(args.target)
+    config = AutoConfig.from_pretrained(args.target, **target_names(args))
+    tokenizer = AutoTokenizer.from_pretrained(args.target, **target_names(args))
     if args.max_length is None:
         args.max_length = getattr(config.get_text_config(), "max_position_embeddings", None)
     if args.max_length is not None and args.max_length <= args.max_new_tokens:
@@ -84,13 +86,13 @@ def _settings(args: argparse.Namespace, config: Any, tokenizer: Any, dataset: An
     from ..training.settings import deciding_versions
 
     try:
-        of_target = GenerationConfig.from_pretrained(args.target).to_diff_dict()
+        of_target = GenerationConfig.from_pretrained(args.target, revision=args.revision).to_diff_dict()
     except OSError:  # it has none
         of_target = {}
     of_target = {
         name: value for name, value in of_target.items() if name not in ("transformers_version", "_from_model_config")
     }
-    dtype = config.dtype if args.dtype == "auto" else args.dtype
+    dtype = "nf4" if args.load_in_4bit else config.dtype if args.dtype == "auto" else args.dtype
     template = tokenizer.chat_template
     return {
         "target": args.target,

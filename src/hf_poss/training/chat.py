@@ -65,6 +65,7 @@ class ChatRenderer:
         specials.update(tokenizer.all_special_tokens)
         self._specials = tuple(sorted((token for token in specials if token.strip()), key=len, reverse=True))
         self._content_in_parts = self._wants_parts()
+        self._behind_turns = self._text_behind_turns()
 
     def render(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         """The text of a conversation, followed by what opens a turn of the assistant if `add_generation_prompt`.
@@ -143,6 +144,19 @@ class ChatRenderer:
         self._content_in_parts = True
         return writes_content()
 
+    def _text_behind_turns(self) -> str:
+        """What the template writes at the end of any conversation, behind the token that ends the last turn: a line
+        break, the end of sequence, or the opening of an answer that nobody asked for."""
+        mark = chr(_PRIVATE_USE[0])
+        messages = [{"role": "user", "content": mark}, {"role": "assistant", "content": mark}]
+        try:
+            asked, answered = (self._render(messages[:count], None).rpartition(mark)[2] for count in (1, 2))
+        except RefusedConversation:
+            return ""
+        ending = commonprefix([asked[::-1], answered[::-1]])[::-1]
+        tokens = ((place, self._special_at(ending, place)) for place in range(len(ending)))
+        return next((ending[place + len(token) :] for place, token in tokens if token), "")
+
     def _tagged_turns(self, messages: Messages, tools: Tools) -> tuple[str, list[Span]]:
         """Text and tagged spans, with the special token that ends a turn where the tags leave it out."""
         text, spans = self._render_tagged(messages, tools)
@@ -163,7 +177,7 @@ class ChatRenderer:
         if start is None or end is None:
             start, end = self._turn_by_content(text, messages, tools, index, start, end)
         # Nothing is generated behind the token that ends a turn.
-        written = text[start:end].rstrip()
+        written = text[start:end].removesuffix(self._behind_turns).rstrip()
         return start, start + len(written) if written.endswith(self._specials) else end
 
     def _start_by_prefix(self, text: str, before: Messages, tools: Tools) -> int | None:
@@ -192,11 +206,12 @@ class ChatRenderer:
         if content is None:
             raise UnclearTurns
         content_start, content_end = content
-        start = content_start if start is None else start
+        if start is None:
+            start = content_start - len(self._space_before(messages, tools, index, mark))
         if end is None:
             # What ends a turn is what the template writes behind the content if nothing follows.
             last = self._render([*messages[:index], {**message, "content": mark}], tools)
-            closing = last.rpartition(mark)[2]
+            closing = last.rpartition(mark)[2].removesuffix(self._behind_turns)
             space = len(closing) - len(closing.lstrip())
             if not message.get("tool_calls") and (token := self._special_at(closing, space)):
                 closing = closing[: space + len(token)]
@@ -215,6 +230,21 @@ class ChatRenderer:
             raise UnclearTurns
         self._check_neighbours(text, messages, tools, index, mark, (start, end))
         return start, end
+
+    def _space_before(self, messages: Messages, tools: Tools, index: int, mark: str) -> str:
+        """The space in front of an answer that follows the question's end, as in `[/INST] yes`: the assistant wrote
+        it."""
+        if not index:
+            return ""
+        before = [*messages[: index - 1], {**messages[index - 1], "content": mark}]
+        try:
+            asked = self._render(before, tools)
+            answered = self._render([*before, {**messages[index], "content": mark}], tools)
+        except RefusedConversation:
+            return ""
+        question_end, between = asked.rpartition(mark)[2], answered.rpartition(mark)[0].rpartition(mark)[2]
+        space = between.removeprefix(question_end)
+        return space if between.startswith(question_end) and space.isspace() else ""
 
     def _content_span(self, text: str, messages: Messages, tools: Tools, index: int, mark: str) -> Span | None:
         """What changes in the text with the content of a message; None if the template does not write it."""

@@ -53,11 +53,14 @@ def prepare_dataset(
         num_proc: processes that tokenize; not for an `IterableDataset`.
 
     Raises:
-        ValueError: if the dataset is empty, has none of the columns that are understood, holds chats and the tokenizer
-            has no chat template, or nothing is left that counts (shows how the template wrote a chat).
+        ValueError: if `max_length` is less than 2, the dataset is empty, has none of the columns that are understood,
+            holds chats and the tokenizer has no chat template, or nothing is left that counts (shows how the template
+            wrote a chat).
     """
     from datasets import Dataset, IterableDataset
 
+    if max_length < 2:
+        raise ValueError(f"`max_length` is {max_length}; expected 2 or more: the first token is not predicted.")
     if not isinstance(dataset, (Dataset, IterableDataset)):
         dataset = _from_sequence(dataset, text_field)
     if not isinstance(dataset, (Dataset, IterableDataset)):

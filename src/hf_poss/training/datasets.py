@@ -15,6 +15,10 @@ __all__ = ["load_texts"]
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 _COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 _SHOWN = 8
+_PATIENCE = 10.0  # seconds
+_EMPTY = "{} is empty; there is nothing to learn."
+# What the builders of `datasets` say of files without a row.
+_TOLD_OF_EMPTY = ("corresponds to no data", "at least one example", "No columns to parse")
 
 
 def load_texts(
@@ -93,8 +97,12 @@ def _load_from_disk(path: Path, split: str, streaming: bool) -> "Dataset | Itera
 
 
 def _load_from_hub(name: str, config: str | None, split: str, streaming: bool) -> "Dataset | IterableDataset":
+    from datasets import config as settings
     from datasets.exceptions import DatasetNotFoundError
 
+    silence, was_offline = _silence_of_hub(name), settings.HF_HUB_OFFLINE
+    # Offline the cache is looked into at once; otherwise a Hub out of reach is asked again for half a minute.
+    settings.HF_HUB_OFFLINE = was_offline or silence is not None
     try:
         return _load(name, name, name=config, split=split, streaming=streaming)
     except DatasetNotFoundError as error:
@@ -103,9 +111,26 @@ def _load_from_hub(name: str, config: str | None, split: str, streaming: bool) -
         ) from error
     except OSError as error:
         raise OSError(
-            f"There is no file or folder {name!r} here, and the Hub cannot be asked for it ({error}). "
+            f"There is no file or folder {name!r} here, and the Hub cannot be asked for it ({silence or error}). "
             f"{_nearby(Path(name))}"
         ) from error
+    finally:
+        settings.HF_HUB_OFFLINE = was_offline
+
+
+def _silence_of_hub(name: str) -> Exception | None:
+    """Why the Hub says nothing of a dataset; None if it answers, whatever it says."""
+    from datasets import config as settings
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        HfApi(endpoint=settings.HF_ENDPOINT).dataset_info(name, timeout=_PATIENCE)
+    except (HfHubHTTPError, HFValidationError):
+        return None
+    except Exception as error:  # what is raised depends on who carries the bytes (httpx, its successor)
+        return error
+    return None
 
 
 def _load(builder: str, source: Path | str, **kwargs: Any) -> "Dataset | IterableDataset":
@@ -115,9 +140,13 @@ def _load(builder: str, source: Path | str, **kwargs: Any) -> "Dataset | Iterabl
     try:
         return load_dataset(builder, **kwargs)
     except StopIteration as error:
-        raise ValueError(f"{source} is empty; there is nothing to learn.") from error
+        raise ValueError(_EMPTY.format(source)) from error
     except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"{source} cannot be read as a dataset: {error.__cause__ or error}") from error
+        reason = str(error.__cause__ or error)
+        if any(told in reason for told in _TOLD_OF_EMPTY):
+            raise ValueError(_EMPTY.format(source)) from error
+        form = " A .jsonl file has an object on every line, a .json file an array of them." * (builder == "json")
+        raise ValueError(f"{source} cannot be read as a dataset: {reason.rstrip('.')}.{form}") from error
 
 
 def _nearby(path: Path) -> str:

@@ -28,9 +28,8 @@ def encode_rows(
     """
     read = row_reader(list(batch), text_field, tokenizer.chat_template)
     contents = [read(row) for row in _rows(batch)]
-    encode = _encode_conversations if isinstance(contents[0], Conversation) else _encode_passages
     samples = []
-    for content, tokens in zip(contents, encode(contents, tokenizer), strict=True):
+    for content, tokens in zip(contents, _encode(contents, tokenizer), strict=True):
         if isinstance(tokens, str):
             samples.append({"input_ids": [], "labels": [], "length": 0, "left_out": tokens})
             continue
@@ -47,7 +46,7 @@ def cut_rows(batch: Mapping[str, list], max_length: int) -> Columns:
     samples = []
     for row in _rows(batch):
         parts = {name: row[name] for name in ("input_ids", "labels", "segment_ids") if row.get(name) is not None}
-        parts.setdefault("labels", parts["input_ids"])
+        parts.setdefault("labels", parts.setdefault("input_ids", []))
         lengths = {name: len(part) for name, part in parts.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"The parts of a sample differ in length: {lengths}; expected an entry for every token.")
@@ -66,6 +65,15 @@ def pack_rows(batch: Mapping[str, list], max_length: int) -> Columns:
         sample["segment_ids"] = [number for number, index in enumerate(group, 1) for _ in range(lengths[index])]
         packed.append({**sample, "length": len(sample["segment_ids"])})
     return _columns(packed)
+
+
+def _encode(contents: Sequence[Conversation | Passage], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens | str]:
+    """Tokens of each, or why there are none. Rows without a prompt and a completion are passages, even among chats."""
+    chats = [content for content in contents if isinstance(content, Conversation)]
+    passages = [content for content in contents if isinstance(content, Passage)]
+    of_chats = iter(_encode_conversations(chats, tokenizer) if chats else [])
+    of_passages = iter(_encode_passages(passages, tokenizer))
+    return (next(of_chats if isinstance(content, Conversation) else of_passages) for content in contents)
 
 
 def _encode_conversations(
@@ -104,6 +112,9 @@ def _encode_passages(passages: Sequence[Passage], tokenizer: PreTrainedTokenizer
     for index, (passage, (ids, counts)) in enumerate(zip(passages, encoded, strict=True)):
         if not (passage.prompt + passage.completion).strip():
             encoded[index] = "without text"
+            continue
+        if not passage.completion:
+            encoded[index] = "without a completion"
             continue
         end = tokenizer.eos_token_id
         if end is not None and ids[-1:] != [end]:

@@ -12,6 +12,8 @@ _ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "function": "tool",
@@ -111,12 +113,15 @@ def _read_pair(row: Mapping[str, Any], question: str, answer: str, as_chat: bool
         prompt = f"{prompt}\n\n{row['input']}"
     if not as_chat:
         return Passage(completion, f"{prompt}\n")
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    messages = [{"role": "user", "content": prompt}]
+    messages += [{"role": "assistant", "content": completion}] if completion else []
     return Conversation(_with_system(messages, row))
 
 
 def _read_prompt_completion(row: Mapping[str, Any], knows_tool_calls: bool) -> Conversation | Passage:
     prompt, completion = row["prompt"], row["completion"]
+    given = next((part for part in (prompt, completion) if part is not None), "")
+    prompt, completion = (type(given)() if part is None else part for part in (prompt, completion))
     if isinstance(prompt, str) and isinstance(completion, str):
         return Passage(completion, prompt)
     if isinstance(prompt, list) and isinstance(completion, list):
@@ -147,8 +152,8 @@ def _with_system(messages: list[dict[str, Any]], row: Mapping[str, Any]) -> list
 
 def _message(message: Mapping[str, Any], knows_tool_calls: bool) -> dict[str, Any]:
     role = (message.get("role") or message.get("from")) if isinstance(message, Mapping) else None
-    if role is None:
-        raise ValueError(f"A message has neither `role` nor `from`: {_shortened(message)}")
+    if not isinstance(role, str):
+        raise ValueError(f"A message has no `role` (or `from`) that is text: {_shortened(message)}")
     content = message.get("content") if message.get("content") is not None else message.get("value")
     if role in _CALLS:
         calls = _tool_calls(content) if knows_tool_calls else None
@@ -158,7 +163,7 @@ def _message(message: Mapping[str, Any], knows_tool_calls: bool) -> dict[str, An
     # Arrow fills what a message does not say with None, which templates would print.
     rest = {key: _without_none(value) for key, value in message.items() if value is not None}
     rest = {key: value for key, value in rest.items() if key not in ("role", "from", "content", "value")}
-    return {"role": _ROLES.get(role, role), "content": _text(content), **rest}
+    return {"role": _ROLES.get(role.lower(), role.lower()), "content": _text(content), **rest}
 
 
 def _text(content: Any) -> str:

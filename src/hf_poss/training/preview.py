@@ -24,7 +24,12 @@ def describe_samples(dataset: Any, tokenizer: PreTrainedTokenizerBase, count: in
         tokenizer: that made them.
         count: samples to show.
         color: whether to write terminal colours.
+
+    Raises:
+        ValueError: if `count` is less than 1.
     """
+    if count < 1:
+        raise ValueError(f"{count} samples to show (`--preview`); expected 1 or more.")
     samples = islice(dataset, count)
     return "\n\n".join(
         _describe(sample, tokenizer, f"sample {number}", color) for number, sample in enumerate(samples, start=1)
