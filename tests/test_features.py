@@ -120,6 +120,16 @@ def test_layers_that_the_target_lacks_are_refused(llama):
         PosSModel.from_target(llama, feature_layers=[1, 3])
 
 
+def test_copies_of_a_layer_read_what_it_reads(llama, tmp_path):
+    eagle = make_poss(llama, feature_layers=[0, 2], positions_per_specialist=2, num_draft_positions=2)
+    eagle.save_pretrained(tmp_path)
+    copies = PosSModel.from_eagle(tmp_path, positions_per_specialist=1, num_draft_positions=3)
+    assert copies.config.feature_layers == [0, 2]
+    assert torch.equal(copies.feature_fc.weight, eagle.feature_fc.weight)
+    with pytest.raises(ValueError, match="`feature_layers` cannot be chosen"):
+        PosSModel.from_eagle(tmp_path, feature_layers=[0, 1, 2])
+
+
 def test_features_of_another_width_are_refused(llama):
     poss = make_poss(llama, feature_layers=[0, 2])
     with pytest.raises(ValueError, match=r"`features` has shape \(1, 4, 32\); expected \(1, 4, 64\)"):

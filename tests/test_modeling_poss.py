@@ -630,6 +630,22 @@ def test_rows_that_do_not_count_change_nothing(poss):
     assert not torch.allclose(one.loss, counted.loss)
 
 
+@pytest.mark.parametrize("numbers", [[0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2, 2, 2, 2]], ids=["left", "packed"])
+def test_nothing_predicts_the_first_feature_of_a_document(poss, numbers):
+    features, tokens = random_rows(batch=1, rows=9)
+    segment_ids = torch.tensor([numbers])
+    documents = [numbers.index(number) for number in sorted(set(numbers)) if number]
+    with torch.no_grad():
+        found = poss(input_ids=tokens, features=features, segment_ids=segment_ids)
+        sums, counts = 0, 0
+        for start in documents:
+            part = slice(start, start + numbers.count(numbers[start]))
+            alone = poss(input_ids=tokens[:, part], features=features[:, part])
+            sums, counts = sums + alone.loss_sums, counts + alone.counts
+    torch.testing.assert_close(found.loss_sums, sums, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.counts, counts)
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_parts_of_a_batch_add_up(poss, as_tensor):
     features, tokens = random_rows(batch=3, rows=8)

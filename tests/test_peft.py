@@ -222,6 +222,14 @@ def test_checkpoints_hold_the_adapter_and_resume_from_it(poss, target, samples, 
     assert torch.equal(predictions(again), predictions(whole.model))
 
 
+def test_a_draft_vocabulary_that_an_adapter_does_not_hold_is_told(target, samples, tmp_path, warnings_seen):
+    poss = make_poss(target, num_draft_positions=2, draft_vocab_size=8)
+    args = PosSTrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    PosSTrainer(peft.get_peft_model(poss, METHODS["lora"]()), target, args, train_dataset=samples)
+    assert (poss.draft_vocabulary >= 0).all()
+    assert any("an adapter do not hold it" in warning for warning in warnings_seen())
+
+
 def test_lora_specialists_train(target, samples, tmp_path):
     poss = make_poss(target, positions_per_specialist=2, num_draft_positions=4, specialist_adapter={"r": 4})
     before = copy.deepcopy(poss.state_dict())

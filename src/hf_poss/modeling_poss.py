@@ -483,8 +483,14 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             kwargs: as in `from_pretrained`.
 
         Raises:
-            ValueError: if the checkpoint has more layers than one, or an adapter, or cannot be read.
+            ValueError: if the checkpoint has more layers than one, or an adapter, or cannot be read, or if
+                `feature_layers` are given.
         """
+        if kwargs.get("feature_layers") is not None:
+            raise ValueError(
+                "An EAGLE layer reads the features that it was trained on, so `feature_layers` cannot be chosen for "
+                "its copies. Leave it out, or start from fresh specialists: `PosSModel.from_target`."
+            )
         eagle = cls.from_pretrained(path_or_repo, **kwargs)
         if eagle.config.num_specialists != 1:
             raise ValueError(
@@ -777,10 +783,11 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             )
         if segment_ids is None and attention_mask is not None:
             segment_ids = attention_mask.long()
-        counted = torch.ones_like(input_ids, dtype=torch.bool) if labels is None else labels.ne(-100)
-        if segment_ids is not None:
-            counted = counted & segment_ids.ne(0)
-        counted = counted[:, 1:].to(device)  # [batch, rows], row t predicts the feature of t + 1
+        # [batch, rows], row t predicts the feature of t + 1
+        counted = torch.ones_like(input_ids[:, 1:], dtype=torch.bool) if labels is None else labels[:, 1:].ne(-100)
+        if segment_ids is not None:  # nothing predicts the first feature of a document, nor those of padding
+            counted = counted & segment_ids[:, 1:].ne(0) & segment_ids[:, 1:].eq(segment_ids[:, :-1])
+        counted = counted.to(device)
 
         predictions = self.roll_out(
             features[:, :-1],

@@ -188,6 +188,12 @@ def test_a_folder_without_code_does_not_offer_it(folder):
     assert "custom_generate" not in card.text and "custom_generate" not in card.data.tags
 
 
+def test_specialists_made_of_adapters_ask_for_peft(folder, tmp_path):
+    make_poss(make_target(), num_draft_positions=2, specialist_adapter={"r": 2}).save_pretrained(tmp_path / "lora")
+    assert "pip install peft" in build_card(tmp_path / "lora").text
+    assert "peft" not in build_card(folder).text
+
+
 def test_a_path_of_this_machine_is_no_base_model(tmp_path):
     target = make_target()
     target.save_pretrained(tmp_path / "private" / "target-ft")

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import make_poss, make_target
-from hub_stand_in import READ_TOKEN, WRITE_TOKEN
+from hub_stand_in import READ_TOKEN, WRITE_TOKEN, Refusal, _Handler
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 
@@ -175,6 +175,31 @@ def test_a_repository_that_is_gone_in_between(hub, folder, monkeypatch):
     assert refusal.value.status == 404
 
 
+@pytest.mark.parametrize(
+    ("step", "status", "told"),
+    [
+        ("repos/create", 409, r"cannot be reached, or its answer not be read \(KeyError"),  # says of no repository
+        ("repos/create", 503, "answered 503. It has trouble of its own: push again"),
+        ("branch", 500, "answered 500. It has trouble of its own: push again"),
+        ("commit", 412, "answered 412. Somebody else changes me/PosS2-tiny at the same time: push again"),
+        ("commit", 400, "does not take it: .*on purpose[.] "),
+    ],
+)
+def test_failures_at_every_step_name_the_command_for_later(hub, folder, monkeypatch, step, status, told):
+    route = _Handler._route
+
+    def failing(handler, parts):
+        if step in "/".join(parts):
+            raise Refusal(status, "on purpose")
+        route(handler, parts)
+
+    monkeypatch.setattr(_Handler, "_route", failing)
+    with pytest.raises(PushError, match=told) as error:
+        push_folder(folder, "me/PosS2-tiny", revision="dev", token=WRITE_TOKEN)
+    assert str(error.value).endswith(f" Push later: hf-poss push {folder} me/PosS2-tiny --revision dev")
+    assert hub.committed == [] and (folder / "README.md").is_file()
+
+
 def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -201,6 +226,18 @@ def test_a_hub_that_is_switched_off(folder, monkeypatch):
 
 
 # ---- Checks before anything is sent ----
+
+
+def test_a_published_checkpoint_is_to_be_converted_first(hub, tmp_path):
+    target = make_target()
+    folder = tmp_path / "PosS1-tiny"
+    make_poss(target, positions_per_specialist=1, num_draft_positions=2).save_pretrained(tmp_path / "own")
+    folder.mkdir()
+    target.config.save_pretrained(folder)
+    save_file(load_file(tmp_path / "own" / "model.safetensors"), folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"layout of the public code.*hf-poss convert {folder} NEW_FOLDER"):
+        push_folder(folder, "me/PosS1-tiny", token=WRITE_TOKEN)
+    assert hub.requests == []
 
 
 def test_names_that_cannot_be_are_refused_first(hub, folder):

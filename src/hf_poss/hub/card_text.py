@@ -144,6 +144,7 @@ def render_card(facts: CardFacts, previous: ModelCardData | None = None) -> Mode
         tokenizer=f", {_linked(record.tokenizer)}" if record.tokenizer else "",
         poss_code=json.dumps(facts.repo_id),
         has_code=facts.has_code,
+        low_rank=config.specialist_adapter is not None,
         usage=facts.usage.strip("\n"),
         loading=facts.loading,
         training=_cells(_training(facts)) if record != TrainingRecord() else [],

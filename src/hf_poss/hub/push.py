@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from ..checkpoints import is_published_layout
 from ..configuration_poss import PosSConfig
 from .card import refresh_card
 from .card_text import hub_name
@@ -37,9 +38,12 @@ _REFUSALS = {
     401: "It does not accept the token, or there is none: `hf auth login`, or pass one with write access.",
     403: "The token may not write there: use one with write access to {repo_id}.",
     404: "It knows no {repo_id}, or hides it from this token: check the name, and that the token may see it.",
+    409: "Somebody else changes {repo_id} at the same time: push again.",
+    412: "Somebody else changes {repo_id} at the same time: push again.",
     413: "A file is larger than it takes.",
     429: "Too many requests for now.",
 }
+_TROUBLE = "It has trouble of its own: push again in a while."
 
 
 class PushError(OSError):
@@ -126,6 +130,11 @@ def complete_folder(folder: str | os.PathLike, repo_id: str | None = None) -> Po
         except HFValidationError as error:
             raise ValueError(f"{repo_id!r} is no name on the Hub; expected `name` or `owner/name`. {error}") from error
     config = read_config(folder)
+    if is_published_layout(str(folder), {}):
+        raise ValueError(
+            f"{folder} has the layout of the public code. Write it anew first, and push "
+            f"that: hf-poss convert {shlex.quote(str(folder))} NEW_FOLDER"
+        )
     check_weights(folder, config)
     write_tokenizer_reference(folder, config, read_training_record(folder) or TrainingRecord())
     refresh_card(folder, repo_id)
@@ -214,15 +223,17 @@ def _talking_to(api: HfApi, repo_id: str, command: str) -> Iterator[None]:
         answer = _answer(error)
         if answer is not None and answer.response.status_code != 400:
             status = answer.response.status_code
-            advice = _REFUSALS.get(status, "").format(repo_id=repo_id)
+            advice = _REFUSALS.get(status, _TROUBLE if status >= 500 else "").format(repo_id=repo_id)
             reason = f"{advice} ({_first_line(answer)})" if advice else _first_line(answer)
-            raise PushError(f"{api.endpoint} answered {status}. {reason} {later}", status) from error
+            raise PushError(f"{api.endpoint} answered {status}. {reason}. {later}", status) from error
         if isinstance(error, OfflineModeIsEnabled):
             raise PushError(f"The Hub is switched off by HF_HUB_OFFLINE. {later}") from error
         if answer is not None or isinstance(error, ValueError):  # metadata, names and files that the Hub does not take
-            raise PushError(f"{api.endpoint} does not take it: {' '.join(str(error).split())} {later}", 400) from error
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise PushError(f"{api.endpoint} does not take it: {reason}. {later}", 400) from error
         raise PushError(
-            f"{api.endpoint} cannot be reached ({type(error).__name__}: {_first_line(error)}). {later}"
+            f"{api.endpoint} cannot be reached, or its answer not be read ({type(error).__name__}: "
+            f"{_first_line(error)}). {later}"
         ) from error
 
 
@@ -236,7 +247,7 @@ def _answer(error: BaseException | None) -> HfHubHTTPError | None:
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "no reason given")
 
 
 def _bytes(size: int) -> str:
