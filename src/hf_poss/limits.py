@@ -9,7 +9,7 @@ from .compatibility import input_device
 from .configuration_poss import PosSConfig
 
 
-__all__ = ["check_memory", "check_positions", "check_size", "last_position", "rope_obstacle"]
+__all__ = ["check_memory", "check_positions", "check_size", "last_position", "learned_positions", "rope_obstacle"]
 
 
 def check_positions(target: PreTrainedModel, tokens: int) -> None:
@@ -30,12 +30,17 @@ def check_positions(target: PreTrainedModel, tokens: int) -> None:
         )
 
 
+def learned_positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a target learned an embedding of each; None where any will do."""
+    text = config.get_text_config()
+    rotary = getattr(text, "rope_parameters", None)
+    return None if rotary else getattr(text, "max_position_embeddings", None)
+
+
 def last_position(target: PreTrainedModel) -> int | None:
     """The last position id that the target can take, where it learned an embedding of each; None where any will do."""
-    text = target.config.get_text_config()
-    rotary = getattr(text, "rope_parameters", None)
-    limit = getattr(text, "max_position_embeddings", None)
-    return None if rotary or limit is None else limit - 1
+    limit = learned_positions(target.config)
+    return None if limit is None else limit - 1
 
 
 def rope_obstacle(target: PreTrainedModel, first: int, last: int) -> str | None:

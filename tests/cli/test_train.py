@@ -124,6 +124,13 @@ def test_warm_start_from_an_eagle_layer(folder, tmp_path):
     assert json.loads((tmp_path / "training_record.json").read_text())["init_from"] == f"{folder}/eagle"
 
 
+def test_bfloat16_needs_no_accelerator(folder, tmp_path):
+    options = command(folder, tmp_path, "--bf16", "--losses", "token=1.0")
+    at = options.index("--device")
+    assert main(["train", *options[:at], *options[at + 2 :]]) == 0
+    assert PosSModel.from_pretrained(tmp_path).dtype == torch.float32
+
+
 @pytest.mark.parametrize("start", ["random", "EAGLE"])
 def test_the_papers_learning_rate_is_for_a_warm_start(folder, tmp_path, warnings_seen, start):
     options = ["--init_from_eagle", f"{folder}/eagle"] if start == "EAGLE" else []

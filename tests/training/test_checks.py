@@ -71,6 +71,9 @@ def test_draft_positions_beyond_all_samples(kind, warnings_seen):
     assert not warnings_seen()
     for _ in range(2):
         check_samples(as_kind(samples(3, 8, 7)), 6)
+    check_samples(as_kind(samples(8, 20, 9)), 6, positions=20)
+    with pytest.raises(ValueError, match=r"20 tokens; the target learned 19.*--max_length 19"):
+        check_samples(as_kind(samples(8, 20, 9)), 6, positions=19)
     [warning] = warnings_seen()
     assert "2 of 3 texts" in warning
 

@@ -4,14 +4,16 @@ The processes are started by torchrun, which runs this file: `test_distributed.p
 """
 
 import gc
+import io
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -185,6 +187,28 @@ def data_parallel(rank: int, folder: Path, record: Record) -> None:
         record("resumed", all(torch.equal(weights[name], value) for name, value in straight.items()))
 
 
+def evaluate(target: PreTrainedModel, poss: PosSModel, folder: Path, **kwargs) -> list[dict[str, float]]:
+    """Logs of a short training, if there are steps, and of the evaluation behind it. Neither the samples that are
+    evaluated nor the prompts can be dealt out to two processes evenly."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    settings = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 2, "max_steps": 4}
+    settings |= {"optim": "sgd", "learning_rate": 0.3, "feature_noise": 0.0, "train_sampling_strategy": "sequential"}
+    settings |= {"per_device_train_batch_size": 4 // processes, "per_device_eval_batch_size": 2}
+    settings |= {"eval_generate_prompts": 5, "eval_generate_tokens": 16, **kwargs}
+    args = PosSTrainingArguments(folder, **settings)
+    trainer = PosSTrainer(poss, target, args, train_dataset=samples(), eval_dataset=samples()[:7])
+    if settings["max_steps"]:
+        trainer.train()
+    trainer.evaluate()
+    return [log for log in trainer.state.log_history if "train_runtime" not in log]
+
+
+def watched(rank: int, folder: Path, record: Record) -> None:
+    with redirect_stdout(io.StringIO()) as console:
+        record("logs", evaluate(*models(), folder / "watched"))
+    record("console", console.getvalue())
+
+
 def sharded(rank: int, folder: Path, record: Record) -> None:
     target, poss = models()
     target.requires_grad_(False)
@@ -231,6 +255,7 @@ def sharded_targets(rank: int, folder: Path, record: Record) -> None:
         record("loss", name, abs(loss / wanted - 1) < 1e-5)
         pairs = zip(found.parameters(), poss.parameters(), strict=True)
         record("gradients", name, all(torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6) for a, b in pairs))
+    record("evaluation", evaluate(target, models()[1], folder, max_steps=0)[-1])
 
 
 def tensor_parallel_target(rank: int, folder: Path, record: Record) -> None:
@@ -322,6 +347,28 @@ def test_a_step_reduces_gradients_once(two, kind):
         assert results[f"collectives {kind}"] == [{"gloo:all_reduce": count} if count else {} for count in wanted]
 
 
+def assert_same_metrics(found: dict[str, float], expected: dict[str, float]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        if not name.endswith(("runtime", "per_second", "preparation_time")):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_two_processes_log_what_one_does(two, tmp_path):
+    logs = evaluate(*models(), tmp_path)
+    assert len(logs) == len(two[0]["logs"]) == 3
+    for found, expected in zip(two[0]["logs"], logs, strict=True):
+        assert_same_metrics(found, expected)
+    assert logs[-1]["eval_generate_tau"] > 1
+    assert math.isfinite(logs[-1]["eval_loss"])
+
+
+def test_the_first_process_alone_fills_the_console(two):
+    assert [results["console"].count("tokens per epoch") for results in two] == [1, 0]
+    assert "eval_tau" in two[0]["console"]
+    assert "tau" not in two[1]["console"]
+
+
 def test_one_process_writes(two, folder):
     written = [
         {str(path.relative_to(folder / f"plain of {rank}")) for path in (folder / f"plain of {rank}").rglob("*.*")}
@@ -386,6 +433,13 @@ def test_targets_in_shards_train_like_whole_ones(two, name):
         assert results[f"gradients {name}"]
 
 
+def test_targets_in_shards_draft_in_evaluations(two, tmp_path):
+    """Each process must run such a target as often as the other."""
+    expected = evaluate(*models(), tmp_path, max_steps=0)[-1]
+    for name in ("eval_loss", "eval_tau", "eval_generate_tau"):
+        assert two[0]["evaluation"][name] == pytest.approx(expected[name], rel=1e-4)
+
+
 def test_tensor_parallel_targets_serve_processes_with_rows_of_their_own(two):
     for results in two:
         assert results["shared features None"]
@@ -407,7 +461,7 @@ def main(folder: str) -> None:
     results: dict[str, Any] = {}
     distributed.init_process_group("gloo", timeout=timedelta(seconds=100))
     rank = distributed.get_rank()
-    for task in (data_parallel, sharded, sharded_targets, tensor_parallel_target):
+    for task in (data_parallel, watched, sharded, sharded_targets, tensor_parallel_target):
         task(rank, Path(folder), lambda *entry: results.update({" ".join(map(str, entry[:-1])): entry[-1]}))
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     gc.collect()  # a sharded module that outlives its process group can abort the process at its exit

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import drafter_for, small_target
+from transformers import BloomConfig
 
 from hf_poss import collect_statistics
-from hf_poss.training.drafting import draft_from, evaluation_prompts, preserved_random_state
+from hf_poss.training.drafting import draft_from, evaluation_prompts, longest_prompt, preserved_random_state
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,17 @@ from hf_poss.training.drafting import draft_from, evaluation_prompts, preserved_
 )
 def test_prompts_end_where_answers_begin(sample, prompt):
     assert evaluation_prompts([sample] * 3, 2) == [prompt] * 2
+
+
+def test_prompts_leave_room_for_the_text(llama):
+    """The llama has 512 positions."""
+    room = longest_prompt(llama.config, 500)
+    assert room == 12
+    sample = {"input_ids": list(range(20)), "labels": [-100] * 18 + [18, 19]}
+    assert evaluation_prompts([sample], 1, room) == [list(range(6, 18))]
+    assert evaluation_prompts([{"input_ids": [5, 6, 7, 8]}], 1, room) == [[5, 6]]
+    assert longest_prompt(llama.config, 600) == 1
+    assert longest_prompt(BloomConfig(), 600) is None  # ALiBi
 
 
 def test_a_stream_is_read_no_further_than_needed():

@@ -185,7 +185,8 @@ def test_too_little_memory_stops_before_the_first_step(tiny, monkeypatch):
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1000)
     trainer = tiny()
     before = {name: weight.clone() for name, weight in trainer.poss.state_dict().items()}
-    with pytest.raises(ValueError, match=r"needs .* MiB more on cpu, which has 1000 bytes(.|\n)*gradient_checkpointing"):
+    told = r"needs .* MiB more on cpu, which has 1000 bytes(.|\n)*gradient_checkpointing"
+    with pytest.raises(ValueError, match=told):
         trainer.train()
     assert all(torch.equal(before[name], weight) for name, weight in trainer.poss.state_dict().items())
     trainer = tiny(ignore_estimate=True)

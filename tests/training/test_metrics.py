@@ -10,8 +10,10 @@ from hf_poss.training.metrics import (
     boundary_drops,
     evaluation_metrics,
     fold_positions,
+    metric_names,
     metrics_of_sums,
     position_metrics,
+    summed_predictions,
 )
 
 
@@ -56,6 +58,19 @@ def test_evaluation_weighs_rows_not_samples():
     assert metrics["pos_acc_1"] == pytest.approx(0.9)
 
 
+def test_batches_may_stay_apart():
+    """`eval_do_concat_batches=False`: batches of 2 samples and of 1."""
+    sums, counts = np.random.default_rng(0).random((3, 2, 3)), np.arange(36).reshape(3, 4, 3)
+    found = summed_predictions([(sums[:2], counts[:2]), (sums[2:], counts[2:])])
+    for part, expected in zip(found, (sums.sum(0), counts.sum(0)), strict=True):
+        np.testing.assert_allclose(part, expected)
+
+
+def test_names_are_those_of_the_metrics():
+    metrics = metrics_of_sums(np.ones((2, 3)), COUNTS, ["feature", "kl"])
+    assert metric_names(["feature", "kl"], 3) == list(metrics)
+
+
 def test_sums_are_taken_once_and_over_processes():
     sums = PositionSums()
     assert sums.take(lambda tensor: tensor) is None
@@ -94,6 +109,14 @@ def test_few_rounds_say_nothing():
     (drop,) = boundary_drops(counts_of(rates, rounds=100), 2)
     assert (drop.before, drop.after) == pytest.approx((0.83, 0.55))
     assert "position 2" in str(drop) and "0.55" in str(drop)
+
+
+@pytest.mark.parametrize(("first", "positions"), [(0.1, []), (0.5, [3])])
+def test_positions_that_rounds_hardly_reach_say_nothing(first, positions):
+    """As when training begins: the second specialist has learned nothing yet, and 4 in 100 rounds come there."""
+    reached = [100_000 * share for share in (1, first, 0.4 * first)]
+    counts = np.array([reached, reached, reached, [*reached[1:], 0]])
+    assert [drop.position for drop in boundary_drops(counts, 2)] == positions
 
 
 def test_logs_for_people():

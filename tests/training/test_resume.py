@@ -340,6 +340,18 @@ def test_specialists_of_another_make_are_refused(output_dir, change, told):
         check_resume(checkpoint, small_config(**change))
 
 
+def test_targets_of_another_name_are_warned_about(output_dir, warnings_seen):
+    """The folder may have moved, or it may be the instruct model in the place of the base model."""
+    checkpoint = output_dir / f"checkpoint-{SAVED}"
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_name_or_path": "me/base"}))
+    check_resume(checkpoint, small_config(target_name_or_path="me/base"))
+    assert not warnings_seen()
+    check_resume(checkpoint, small_config(target_name_or_path="me/instruct"))
+    (warning,) = warnings_seen()
+    assert "me/base" in warning and "me/instruct" in warning
+
+
 def test_the_trainer_refuses_too(output_dir, tmp_path):
     target = make_target("llama")
     poss = make_poss(target, positions_per_specialist=2, num_draft_positions=4)

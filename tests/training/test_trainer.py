@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import make_poss, make_target
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 from hf_poss import PosSTrainer, PosSTrainingArguments, collect_statistics
 from hf_poss.training.features import target_features
@@ -162,7 +163,7 @@ def test_overfitting_one_text_makes_generate_accept_all(tmp_path):
     prompt = torch.tensor([[11, 5, 60, 33, 8, 71, 29, 4]])
     wanted = target.generate(prompt, **knobs)
     poss = make_poss(target, positions_per_specialist=2, num_draft_positions=4)
-    args = arguments(tmp_path, max_steps=300, learning_rate=5e-3, losses="feature=0.2,token=1.0")
+    args = arguments(tmp_path, max_steps=180, learning_rate=1e-2, losses="feature=0.2,token=1.0")
     PosSTrainer(poss, target, args, train_dataset=[{"input_ids": wanted[0].tolist()}]).train()
     poss.eval().generation_config.draft_top_k = 1
     with collect_statistics() as stats:
@@ -244,6 +245,50 @@ def test_evaluation_drafts_for_real(target, samples, tmp_path):
     assert metrics["eval_generate_pos_acc_1"] == pytest.approx(expected.pos_acc[0])
     none = arguments(tmp_path, eval_generate_prompts=0)
     assert "eval_generate_tau" not in PosSTrainer(poss, target, none, eval_dataset=samples).evaluate()
+
+
+def test_the_best_checkpoint_by_real_drafts(target, samples, tmp_path):
+    """Weights that stand still do not get better: stops after two evaluations more, with those of the first."""
+    poss = make_poss(target, positions_per_specialist=2, num_draft_positions=3, seed=5)
+    args = arguments(
+        tmp_path,
+        max_steps=9,
+        learning_rate=0.0,
+        eval_generate_tokens=8,
+        load_best_model_at_end=True,
+        metric_for_best_model="generate_tau",
+        save_total_limit=1,
+        **dict.fromkeys(("eval_strategy", "save_strategy"), "steps"),
+        **dict.fromkeys(("eval_steps", "save_steps"), 1),
+    )
+    stop = EarlyStoppingCallback(early_stopping_patience=2)
+    trainer = PosSTrainer(poss, target, args, train_dataset=samples, eval_dataset=samples, callbacks=[stop])
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert trainer.state.best_metric == pytest.approx(trainer.evaluate()["eval_generate_tau"])
+
+
+def test_evaluations_of_several_sets(target, samples, tmp_path):
+    poss = make_poss(target, num_draft_positions=3)
+    args = arguments(tmp_path, eval_do_concat_batches=False, per_device_eval_batch_size=3, eval_generate_tokens=8)
+    trainer = PosSTrainer(poss, target, args, eval_dataset={"a": samples, "b": samples[:3]})
+    metrics = trainer.evaluate()
+    assert {"eval_a_tau", "eval_b_tau", "eval_a_generate_tau", "eval_b_generate_tau"} <= metrics.keys()
+    assert trainer.training_record().eval_samples is None
+    assert trainer.predict(samples).metrics["test_tau"] == pytest.approx(metrics["eval_a_tau"])
+
+
+def test_learned_positions_are_not_left(samples, tmp_path):
+    """An OPT knows 512 positions: a prompt of 500 tokens leaves no room for 64 more, longer samples cannot be read."""
+    target = make_target("opt", scale=3.0)
+    poss = make_poss(target, num_draft_positions=3)
+    tokens = [token for sample in samples for token in sample["input_ids"]] * 5
+    sample = {"input_ids": tokens[:500], "labels": [-100] * 490 + tokens[490:500]}
+    metrics = PosSTrainer(poss, target, arguments(tmp_path), eval_dataset=[sample]).evaluate()
+    assert metrics["eval_generate_tau"] >= 1
+    with pytest.raises(ValueError, match="513 tokens; the target learned 512 positions"):
+        PosSTrainer(poss, target, arguments(tmp_path), train_dataset=[{"input_ids": tokens[:513]}])
 
 
 def test_evaluation_changes_nothing(target, samples, tmp_path):
@@ -369,6 +414,17 @@ def test_gradients_that_are_not_finite_stop_the_run(target, poisoned, tmp_path, 
     assert "Step 3: gradients" in text and str(poisoned[4]["input_ids"][:4])[1:-1] in text
 
 
+@pytest.mark.parametrize(("scale", "step"), [(0.5, 1), (4.0, 4)])
+def test_a_loss_scaler_that_cannot_help_is_not_waited_for(target, poisoned, tmp_path, scale, step):
+    """It skips the steps and halves its scale: 4, 2, 1; by less than 1 the gradients would be finite."""
+    poss = make_poss(target, num_draft_positions=3)
+    poss.fc.bias.register_hook(lambda gradient: gradient * float("inf"))
+    trainer = PosSTrainer(poss, target, in_order(tmp_path), train_dataset=poisoned)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    with pytest.raises(ValueError, match=f"Step {step}: gradients are NaN"):
+        trainer.train()
+
+
 # ---- Losses and inputs ----
 
 
@@ -479,6 +535,12 @@ def test_a_stream_trains(target, samples, tmp_path):
     assert trainer.state.global_step == 2 and trainer.estimate.tokens_per_epoch is None
     assert (poss.draft_vocabulary >= 0).all()
     assert "eval_generate_tau" in trainer.evaluate()
+
+
+def test_other_arguments_are_refused(target, samples, tmp_path):
+    poss = make_poss(target, num_draft_positions=3)
+    with pytest.raises(ValueError, match="TrainingArguments; expected PosSTrainingArguments"):
+        PosSTrainer(poss, target, TrainingArguments(tmp_path, use_cpu=True), train_dataset=samples)
 
 
 def test_other_models_are_refused(target, samples, tmp_path):

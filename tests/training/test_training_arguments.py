@@ -31,6 +31,10 @@ def test_defaults_are_those_of_the_public_code(tmp_path):
         ({"position_weights": [0.0, 0.0]}, "position_weights"),
         ({"feature_noise": float("nan")}, "feature_noise"),
         ({"eval_generate_tokens": 0}, "eval_generate_tokens"),
+        ({"neftune_noise_alpha": 5.0}, "feature_noise"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor.*losses"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, wrong, told):

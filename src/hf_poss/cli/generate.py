@@ -6,7 +6,15 @@ import os
 from typing import Any
 
 
-__all__ = ["add_arguments", "add_model_arguments", "check_loading", "load_target", "run", "target_names"]
+__all__ = [
+    "add_arguments",
+    "add_model_arguments",
+    "check_folder",
+    "check_loading",
+    "load_target",
+    "run",
+    "target_names",
+]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -31,10 +39,23 @@ def check_loading(args: argparse.Namespace) -> None:
     """Refuses, before anything is loaded, what [`load_target`] could not do here.
 
     Raises:
-        ValueError: if bitsandbytes is asked for and absent, or each of several processes would take all devices.
+        FileNotFoundError: if the target is a folder that is not there.
+        ValueError: if torch does not know the dtype or the machine has no such device, bitsandbytes is asked for and
+            absent, or each of several processes would take all devices.
     """
+    import torch
     from transformers.utils import is_bitsandbytes_available
 
+    check_folder(args.target)
+    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise ValueError(f"`--dtype {args.dtype}` is unknown; expected auto, float32, bfloat16 or float16.")
+    if args.device is not None:
+        _check_device(args.device)
+    if args.device_map and args.device_map[0] == "{":
+        try:
+            json.loads(args.device_map)
+        except json.JSONDecodeError as error:
+            raise ValueError(f'`--device_map` is no JSON: {error}. It reads like \'{{"": "cpu"}}\'.') from error
     if args.load_in_4bit and not is_bitsandbytes_available():
         raise ValueError(
             "`--load_in_4bit` needs bitsandbytes and a device that it supports. Install it (pip install "
@@ -49,6 +70,29 @@ def check_loading(args: argparse.Namespace) -> None:
         )
 
 
+def check_folder(name: str) -> None:
+    """Refuses a name that can only be a local folder and is none, which the Hub would take for a bad name.
+
+    Raises:
+        FileNotFoundError: naming it.
+    """
+    if name.startswith(("/", ".", "~")) and not os.path.isdir(name):
+        raise FileNotFoundError(f"There is no folder {name}.")
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"`--device {name}` is unknown; expected cpu, cuda, cuda:1, mps...") from error
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if kind not in ("cpu", accelerator and accelerator.type):
+        found = "has no accelerator" if accelerator is None else f"has {accelerator.type}"
+        raise ValueError(f"`--device {name}`: this machine {found}. Leave it out for what there is.")
+
+
 def load_target(args: argparse.Namespace, device: Any = None) -> tuple[Any, Any]:
     """The target and its tokenizer. Each of several processes loads it whole, on a device of its own.
 
@@ -57,7 +101,7 @@ def load_target(args: argparse.Namespace, device: Any = None) -> tuple[Any, Any]
         device: where to put it, if `args` does not say.
 
     Raises:
-        ValueError: see [`check_loading`].
+        FileNotFoundError, ValueError: see [`check_loading`].
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig

@@ -150,11 +150,13 @@ def main(argv: list[str] | None = None) -> int:
 def _training_arguments(args: argparse.Namespace) -> "PosSTrainingArguments":
     from dataclasses import fields
 
+    import torch
+
     from ..training import PosSTrainingArguments
 
     given = {f.name: getattr(args, f.name) for f in fields(PosSTrainingArguments) if f.init and hasattr(args, f.name)}
-    if args.device == "cpu":
-        given["use_cpu"] = True
+    if args.device == "cpu" or not torch.accelerator.is_available():
+        given["use_cpu"] = True  # else Trainer refuses bf16 where there is no accelerator
     if given["output_dir"] is None and args.preview is None:
         raise ValueError("`--output_dir` is missing: the folder to train into.")
     return PosSTrainingArguments(**given)

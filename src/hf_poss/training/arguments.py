@@ -10,6 +10,13 @@ from ..losses import parse_losses
 
 __all__ = ["PosSTrainingArguments"]
 
+# Of the base class, with why it would do nothing here or harm.
+_WITHOUT_MEANING = {
+    "label_smoothing_factor": "specialists learn the target's distribution; see `losses`",
+    "neftune_noise_alpha": "embeddings are the target's; `feature_noise` is the noise of EAGLE",
+    "use_liger_kernel": "it has no kernels for specialists, whose losses are chunked as it is",
+}
+
 
 @dataclass
 class PosSTrainingArguments(TrainingArguments):
@@ -101,6 +108,14 @@ class PosSTrainingArguments(TrainingArguments):
             # Every process reads a streamed dataset itself: the alternative joins batches that differ in length.
             self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
+        for name, reason in _WITHOUT_MEANING.items():
+            if getattr(self, name):
+                raise ValueError(f"`{name}` has no meaning here: {reason}. Leave it out.")
+        if (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` asks for `use_reentrant`, and such a checkpoint loses the gradients "
+                "of specialists, whose inputs have none. Leave it out, or set it to false."
+            )
         if self.max_length < 2:
             raise ValueError(f"`max_length` is {self.max_length}; predicting a feature needs 2 tokens or more.")
         for name in ("loss_decay", "feature_noise", "eval_generate_prompts"):

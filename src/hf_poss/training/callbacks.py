@@ -14,6 +14,7 @@ from .metrics import fold_positions
 
 __all__ = [
     "ClipGradientValues",
+    "Opening",
     "PlainConsole",
     "ProgressConsole",
     "TrainingChecks",
@@ -76,21 +77,26 @@ class TrainingChecks(TrainerCallback):
         self.before_update()
 
 
-class ProgressConsole(ProgressCallback):
-    """Trainer's progress bar and logs; metrics by draft position stand side by side, and the estimate comes first.
+class Opening(TrainerCallback):
+    """Writes a text to the console of the first process before the first step.
 
     Args:
-        opening: text for the console before the first step, asked for when training begins.
+        text: asked for when training begins.
     """
 
-    def __init__(self, opening: Callable[[], str | None]):
-        super().__init__(max_str_len=1000)
-        self.opening = opening
+    def __init__(self, text: Callable[[], str]):
+        self.text = text
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and (text := self.opening()):
-            tqdm.write(text)
-        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            tqdm.write(self.text())
+
+
+class ProgressConsole(ProgressCallback):
+    """Trainer's progress bar and logs; metrics by draft position stand side by side."""
+
+    def __init__(self):
+        super().__init__(max_str_len=1000)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         super().on_log(args, state, control, logs=fold_positions(logs or {}), **kwargs)
@@ -99,23 +105,14 @@ class ProgressConsole(ProgressCallback):
 class PlainConsole(PrinterCallback):
     """The same without a progress bar (`disable_tqdm`)."""
 
-    def __init__(self, opening: Callable[[], str | None]):
-        self.opening = opening
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and (text := self.opening()):
-            print(text)
-
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
         super().on_log(args, state, control, logs=fold_positions(logs or {}), **kwargs)
 
 
-def use_consoles(trainer: Trainer, opening: Callable[[], str | None]) -> None:
+def use_consoles(trainer: Trainer) -> None:
     """Puts [`ProgressConsole`] or [`PlainConsole`] in the place of Trainer's own; a notebook's table stays."""
+    consoles = {ProgressCallback: ProgressConsole, PrinterCallback: PlainConsole}
     for callback in list(trainer.callback_handler.callbacks):
-        if type(callback) is ProgressCallback:
+        if (console := consoles.get(type(callback))) is not None:
             trainer.remove_callback(callback)
-            trainer.add_callback(ProgressConsole(opening))
-        elif type(callback) is PrinterCallback:
-            trainer.remove_callback(callback)
-            trainer.add_callback(PlainConsole(opening))
+            trainer.add_callback(console())

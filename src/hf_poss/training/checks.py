@@ -76,7 +76,7 @@ def _other_name(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) ->
     return all(names) and names[0] != names[1]
 
 
-def check_samples(dataset: Any, num_draft_positions: int) -> None:
+def check_samples(dataset: Any, num_draft_positions: int, positions: int | None = None) -> None:
     """Whether samples are long enough for K = `num_draft_positions`: drafts start from a feature and the token behind
     it, so the last position has something to learn only in texts of K + 2 tokens or more. If some texts are shorter,
     that is logged once.
@@ -84,9 +84,10 @@ def check_samples(dataset: Any, num_draft_positions: int) -> None:
     Args:
         dataset: samples, see [`~hf_poss.training.data.prepare_dataset`]; of a stream the first 64 are looked at.
         num_draft_positions: K.
+        positions: that the target can read, see `learned_positions`.
 
     Raises:
-        ValueError: if no text is longer than K + 1 tokens, or there is none.
+        ValueError: if no text is longer than K + 1 tokens, there is none, or one has more tokens than `positions`.
     """
     is_stream = not has_length(dataset)
     lengths = _document_lengths(islice(dataset, _OF_A_STREAM) if is_stream else dataset)
@@ -98,6 +99,11 @@ def check_samples(dataset: Any, num_draft_positions: int) -> None:
             f"The longest text of {where} has {max(lengths)} tokens; {num_draft_positions} draft positions (K) need "
             f"texts of more than {num_draft_positions + 1}. Use longer texts or a larger `max_length`, or a smaller "
             "`num_draft_positions`."
+        )
+    if positions is not None and max(lengths) > positions:
+        raise ValueError(
+            f"The longest text of {where} has {max(lengths)} tokens; the target learned {positions} positions and can "
+            f"read no more. Set `max_length={positions}` (`--max_length {positions}`)."
         )
     short = sum(length <= num_draft_positions + 1 for length in lengths)
     if short:

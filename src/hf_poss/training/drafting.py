@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..compatibility import input_device
@@ -18,13 +18,21 @@ from ..modeling_poss import PosSModel
 from ..statistics import GenerationStatistics, collect_statistics
 
 
-__all__ = ["draft_from", "evaluation_prompts", "obstacle_to_drafting", "preserved_random_state", "whole_weights"]
+__all__ = [
+    "draft_from",
+    "evaluation_prompts",
+    "is_in_pieces",
+    "longest_prompt",
+    "obstacle_to_drafting",
+    "preserved_random_state",
+    "whole_weights",
+]
 
 # Of a text without a prompt of its own, the share that is given.
 _PROMPT_SHARE = 0.5
 
 
-def evaluation_prompts(dataset: Iterable[dict[str, Any]], count: int) -> list[list[int]]:
+def evaluation_prompts(dataset: Iterable[dict[str, Any]], count: int, longest: int | None = None) -> list[list[int]]:
     """Beginnings of the first `count` samples: the tokens before the first one that counts, as in a conversation the
     user's turn; half of the tokens where all count.
 
@@ -32,6 +40,8 @@ def evaluation_prompts(dataset: Iterable[dict[str, Any]], count: int) -> list[li
 
     Args:
         dataset: samples with `input_ids`, and perhaps `labels` and `segment_ids`.
+        count: of prompts.
+        longest: tokens of a prompt at most; of a longer one the last are given.
     """
     prompts = []
     for sample in itertools.islice(dataset, count):
@@ -46,8 +56,14 @@ def evaluation_prompts(dataset: Iterable[dict[str, Any]], count: int) -> list[li
         begins = next((index for index, label in enumerate(labels) if label != -100), len(tokens))
         if begins <= 1:  # the first token never counts in a batch, so a mask that begins there says nothing
             begins = max(1, int(len(tokens) * _PROMPT_SHARE))
-        prompts.append(tokens[:begins])
+        prompts.append(tokens[:begins][-(longest or begins) :])
     return prompts
+
+
+def longest_prompt(config: PreTrainedConfig, new_tokens: int) -> int | None:
+    """Tokens after which a target has positions left for `new_tokens` more; None if it says no limit."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else max(1, positions - new_tokens)
 
 
 def draft_from(
@@ -91,9 +107,16 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def is_in_pieces(target: nn.Module) -> bool:
+    """Whether FSDP keeps a target's weights in pieces, so that processes can run it only as often as each other."""
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in target.modules())
 
 
 def obstacle_to_drafting(model: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +16,17 @@ __all__ = [
     "boundary_drops",
     "evaluation_metrics",
     "fold_positions",
+    "metric_names",
     "metrics_of_sums",
     "position_metrics",
+    "summed_predictions",
 ]
 
 # What counts as a sharp drop, see `boundary_drops`.
 _DROP = 0.1
 _TIMES_TYPICAL = 2.0
 _FEWEST_ROUNDS = 100
+_FEWEST_ARRIVING = 0.05
 
 
 def position_metrics(counts: np.ndarray) -> dict[str, float]:
@@ -64,6 +68,12 @@ def metrics_of_sums(loss_sums: np.ndarray, counts: np.ndarray, losses: Sequence[
     return metrics | position_metrics(counts)
 
 
+def metric_names(losses: Sequence[str], num_draft_positions: int) -> list[str]:
+    """Names in [`metrics_of_sums`]."""
+    sums, counts = np.zeros((len(losses), num_draft_positions)), np.zeros((4, num_draft_positions))
+    return list(metrics_of_sums(sums, counts, losses))
+
+
 def evaluation_metrics(
     losses: dict[str, float], position_weights: Sequence[float] | None = None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -77,13 +87,26 @@ def evaluation_metrics(
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        loss_sums, counts = (np.asarray(part, dtype=np.float64).sum(axis=0) for part in prediction.predictions)
+        loss_sums, counts = summed_predictions(prediction.predictions)
         by_name = np.array(list(losses.values())) @ loss_sums  # [positions]
         by_position = by_name if position_weights is None else by_name * np.array(position_weights)
         loss = by_position.sum() / max(counts[0].max(), 1)
         return {"loss": float(loss), **metrics_of_sums(loss_sums, counts, list(losses))}
 
     return compute
+
+
+def summed_predictions(predictions: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Loss sums [losses, positions] and counts [4, positions] over all samples.
+
+    Args:
+        predictions: arrays [samples, losses, positions] and [samples, 4, positions], or a list of such pairs, one a
+            batch (`eval_do_concat_batches=False`).
+    """
+    batches = predictions if isinstance(predictions, list) else [predictions]
+    return tuple(
+        sum(np.asarray(part, dtype=np.float64).sum(axis=0) for part in parts) for parts in zip(*batches, strict=True)
+    )
 
 
 class PositionSums:
@@ -144,7 +167,8 @@ def boundary_drops(counts: np.ndarray, positions_per_specialist: int) -> list[Bo
 
     A drop is sharp if it is above 0.1, and above twice the median absolute change between the other neighbouring
     positions, at which no other specialist takes over (with n = 1 every position is a first one: then those at the
-    other boundaries). Positions that fewer than 100 simulated rounds reached are left out: their rates are noise.
+    other boundaries). Positions that fewer than 100 simulated rounds reached are left out: their rates are noise. So
+    are those that fewer than 5 in 100 rounds reached, as when training begins: each learns at a time of its own.
     In the paper's figure the largest drop at a boundary is 0.08, from position 1 to 2 of PosS-1.
 
     Args:
@@ -152,7 +176,8 @@ def boundary_drops(counts: np.ndarray, positions_per_specialist: int) -> list[Bo
         positions_per_specialist: n.
     """
     _, _, reached, accepted = np.asarray(counts, dtype=np.float64)
-    rates = [hit / total if total >= _FEWEST_ROUNDS else None for hit, total in zip(accepted, reached, strict=True)]
+    fewest = max(_FEWEST_ROUNDS, _FEWEST_ARRIVING * reached[0])
+    rates = [hit / total if total >= fewest else None for hit, total in zip(accepted, reached, strict=True)]
     changes = {  # by the later position of a pair
         k: rates[k - 2] - rates[k - 1]
         for k in range(2, len(rates) + 1)

@@ -97,7 +97,8 @@ def checkpoint_faults(checkpoint: str | Path) -> list[str]:
         faults.append(f"no {TRAINER_STATE_NAME}, which is written last: the writing was cut off")
     for part, patterns in _PARTS.items():
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
-            faults.append(f"no {part} (files like {patterns[0]})")
+            left_out = "" if part == "weights" else "; `save_only_model` leaves it out"
+            faults.append(f"no {part} (files like {patterns[0]}{left_out})")
     faults.extend(f"no {name}" for name in _missing_files(checkpoint))
     for file in sorted(checkpoint.rglob("*")):
         if file.is_file() and (fault := _unreadable(file)):
@@ -135,6 +136,11 @@ def check_resume(checkpoint: str | Path, config: PosSConfig) -> None:
         raise ValueError(
             f"{checkpoint} cannot be resumed: {'; '.join(differences)}. Give what the run began with, or train into "
             "another folder."
+        )
+    names = before.target_name_or_path, config.target_name_or_path
+    if all(names) and names[0] != names[1]:
+        logger.warning(
+            f"{checkpoint} was trained for the target {names[0]}, this run has {names[1]}. Are they the same?"
         )
 
 

@@ -16,19 +16,29 @@ from ..compatibility import check_trainer, commit_of, tensor_parallel_group, tra
 from ..hub.provenance import command_line, describe_hardware, package_versions
 from ..hub.record import TrainingRecord
 from ..hub.trainer import HubMixin
+from ..limits import learned_positions
 from ..modeling_poss import PosSConfig, PosSModel, PosSOutput, poss_of
 from ..peft_models import without_peft
 from ..statistics import GenerationStatistics
 from .arguments import PosSTrainingArguments
-from .callbacks import ClipGradientValues, TrainingChecks, gradients_are_finite, use_consoles
+from .callbacks import ClipGradientValues, Opening, TrainingChecks, gradients_are_finite, use_consoles
 from .checkpointing import CheckpointMixin
 from .data import PosSDataCollator, check_samples, prepare_dataset, token_counts
-from .drafting import draft_from, evaluation_prompts, obstacle_to_drafting, preserved_random_state, whole_weights
+from .drafting import (
+    draft_from,
+    evaluation_prompts,
+    is_in_pieces,
+    longest_prompt,
+    obstacle_to_drafting,
+    preserved_random_state,
+    whole_weights,
+)
 from .estimate import TrainingEstimate
 from .features import target_features
 from .lengths import sample_lengths
-from .metrics import PositionSums, boundary_drops, evaluation_metrics, metrics_of_sums
+from .metrics import PositionSums, boundary_drops, evaluation_metrics, metrics_of_sums, summed_predictions
 from .nonfinite import WatchedBatch, describe_features, describe_step, rows_not_finite
+from .preflight import check_launch
 from .resume import checkpoint_to_resume
 from .sampling import RepeatedStream, SetSamplerEpoch
 from .tensor_parallel import shared_features, whole_reference
@@ -91,6 +101,9 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
         **kwargs: Any,
     ):
         args = PosSTrainingArguments("poss_output") if args is None else args
+        if not isinstance(args, PosSTrainingArguments):
+            raise ValueError(f"`args` are {type(args).__name__}; expected PosSTrainingArguments, which take the same.")
+        check_launch(args)
         poss, target = poss_of(model), without_peft(target)
         if poss is None:
             raise ValueError(f"`model` is a {type(model).__name__}; expected a PosSModel, or a PeftModel around one.")
@@ -110,8 +123,10 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
         self._evaluated_dataset: Any = None
         train_on_one_device(args)
         with args.main_process_first(desc="preparing the data"):
+            positions = learned_positions(target.config)
             train_dataset, eval_dataset = (
-                _prepare(dataset, processing_class, args, poss.config) for dataset in (train_dataset, eval_dataset)
+                _prepare(dataset, processing_class, args, poss.config, positions)
+                for dataset in (train_dataset, eval_dataset)
             )
         pad_token_id = poss.config.pad_token_id if processing_class is None else processing_class.pad_token_id
         super().__init__(
@@ -129,24 +144,26 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
         self._place_target()
         if train_dataset is not None and poss.config.draft_vocab_size is not None and poss.draft_vocabulary[0] < 0:
             poss.set_draft_vocabulary(_count_tokens(train_dataset, poss.config.vocab_size))
+            if model is not poss:
+                logger.warning(
+                    "The draft vocabulary was counted from the training data, and checkpoints of an adapter do not "
+                    "hold it. Save the specialists merged (`merge_and_unload()`), or set it again when the adapter is "
+                    "loaded (`poss.set_draft_vocabulary(counts)`)."
+                )
         if train_dataset is not None and not has_length(train_dataset):
             self.train_dataset = RepeatedStream(train_dataset)
         self.add_callback(SetSamplerEpoch(self))
         self.add_callback(TrainingChecks(self._check_estimate, self._check_step))
         if args.max_grad_value:
-            if self.is_deepspeed_enabled:
-                raise ValueError(
-                    f"`max_grad_value` ({args.max_grad_value}) does not exist under DeepSpeed, which clips by norm "
-                    "only. Pass --max_grad_value 0 --max_grad_norm 0.5 (EAGLE's own DeepSpeed setting)."
-                )
             self.add_callback(ClipGradientValues(self, args.max_grad_value))
-        use_consoles(self, opening=lambda: str(self.estimate))
+        self.add_callback(Opening(lambda: str(self.estimate)))
+        use_consoles(self)
 
     def _place_target(self) -> None:
         """Puts the target on this process's device, unless whoever loaded it spread or packed it."""
         packed = getattr(self.target, "is_loaded_in_4bit", False) or getattr(self.target, "is_loaded_in_8bit", False)
-        spread = getattr(self.target, "hf_device_map", None) or self.target_group is not None
-        if not (packed or spread):
+        spread = getattr(self.target, "hf_device_map", None) or is_in_pieces(self.target)
+        if not (packed or spread or self.target_group is not None):
             self.target.to(self.args.device)
 
     # ---- Steps ----
@@ -158,6 +175,7 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
             ValueError: if there is none, the one that was named is broken or of other specialists, memory or disk
                 cannot suffice, or a loss or gradient is not finite.
         """
+        self._sums, self._watched = PositionSums(), []  # an earlier call may have left some
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, self.poss.config)
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
@@ -228,8 +246,10 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
     def _check_step(self) -> None:
         watched, self._watched = self._watched, []
         sound = [torch.isfinite(batch.loss) for batch in watched]
-        # With a loss scaler, gradients that overflow are its business: it skips the step and scales less.
-        if self.accelerator.scaler is None:
+        # With a loss scaler, gradients that overflow are its business: it skips the step and scales less. Below 1 it
+        # is not the scale that makes them overflow.
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() < 1:
             sound.append(gradients_are_finite(self.model.parameters()).to(self.args.device))
         if not torch.stack(sound).all():
             raise ValueError(describe_step(self._when(True), watched, list(self.args.losses), self.processing_class))
@@ -277,10 +297,10 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
         return output
 
     def _warn_of_drops(self, output: EvalLoopOutput) -> None:
-        if not isinstance(output.predictions, tuple) or not self.is_world_process_zero():
+        if output.predictions is None or not self.is_world_process_zero():
             return
-        _, counts = output.predictions  # [samples, 4, positions]
-        for drop in boundary_drops(counts.sum(0), self.poss.config.positions_per_specialist):
+        _, counts = summed_predictions(output.predictions)
+        for drop in boundary_drops(counts, self.poss.config.positions_per_specialist):
             logger.warning(str(drop))
 
     def _draft(self, dataset: Any) -> dict[str, float]:
@@ -288,8 +308,9 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
         if (obstacle := obstacle_to_drafting(self.model)) is not None:
             logger.warning_once(f"Evaluation does not draft for real: {obstacle}.")
             return {}
-        prompts = evaluation_prompts(_tokens_of(dataset), self.args.eval_generate_prompts)
-        if self.target_group is None:  # else all processes write the same text together
+        longest = longest_prompt(self.target.config, self.args.eval_generate_tokens)
+        prompts = evaluation_prompts(_tokens_of(dataset), self.args.eval_generate_prompts, longest)
+        if not is_in_pieces(self.target) and self.target_group is None:  # else all processes write the same text
             prompts = prompts[self.args.process_index :: self.args.world_size]
         with whole_weights(self.model):
             statistics = draft_from(
@@ -356,7 +377,7 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
             "specialist_adapter": config.specialist_adapter,
             "hyperparameters": self._hyperparameters(),
             "metrics": {name: value for name, value in evaluation.items() if name.startswith("eval_")},
-            "eval_samples": len(self.eval_dataset) if has_length(self.eval_dataset) else None,
+            "eval_samples": len(self.eval_dataset) if evaluation and has_length(self.eval_dataset) else None,
             "generate_tau": evaluation.get("eval_generate_tau"),
             "generate_pos_acc": drafted,
             "hardware": describe_hardware(),
@@ -395,13 +416,17 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
 
 
 def _prepare(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: PosSTrainingArguments, config: PosSConfig
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: PosSTrainingArguments,
+    config: PosSConfig,
+    positions: int | None,
 ) -> Any:
     """Samples of a dataset, checked against the specialists; of each one if there are several by name."""
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {name: _prepare(part, tokenizer, args, config) for name, part in dataset.items()}
+        return {name: _prepare(part, tokenizer, args, config, positions) for name, part in dataset.items()}
     if hasattr(dataset, "without_features"):
         dataset.check(config)
     elif tokenizer is not None:
@@ -410,7 +435,7 @@ def _prepare(
         sample = next(iter(dataset), None)
         if isinstance(sample, str) or (isinstance(sample, dict) and "input_ids" not in sample):
             raise ValueError("The dataset holds text. Pass the target's tokenizer as `processing_class`.")
-    check_samples(_tokens_of(dataset), config.num_draft_positions)
+    check_samples(_tokens_of(dataset), config.num_draft_positions, positions)
     return dataset
 
 
