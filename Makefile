@@ -16,9 +16,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto tests
 
-# What touches `generate`, against the oldest release; packaging and the examples are tested once.
+# What touches `generate` and Trainer, against the oldest release; the rest is tested once.
 test-floor: $(FLOOR_VENV)/.installed
-	OMP_NUM_THREADS=1 $(FLOOR_VENV)/bin/python -m pytest --numprocesses=auto tests --ignore=tests/test_package.py --ignore=tests/examples
+	OMP_NUM_THREADS=1 $(FLOOR_VENV)/bin/python -m pytest --numprocesses=auto tests --ignore=tests/test_package.py $(addprefix --ignore=tests/,cli examples hub)
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
