@@ -18,6 +18,13 @@ def test_batches_are_padded_right_and_count_no_padding():
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 
 
+def test_a_batch_of_single_tokens_counts_nothing():
+    batch = PosSDataCollator(pad_token_id=7)([{"input_ids": [5]}, {"input_ids": [6]}])
+    assert batch["input_ids"].tolist() == [[5, 7], [6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 0], [1, 0]]
+    assert batch["labels"].tolist() == [[-100, -100]] * 2
+
+
 def test_packed_samples():
     packed = {"input_ids": [1, 2, 3, 4, 5], "labels": [1, 2, 3, -100, 5], "segment_ids": [1, 1, 2, 2, 2]}
     batch = PosSDataCollator()([packed, {"input_ids": [8, 9, 8]}])

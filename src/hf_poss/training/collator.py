@@ -82,7 +82,10 @@ def _positions(starts: torch.Tensor) -> torch.Tensor:
 
 
 def _padded(parts: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+    padded = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=value)
+    if padded.shape[1] < 2:  # a batch of single tokens has nothing to predict, which is no reason to end a run
+        padded = torch.cat((padded, torch.full_like(padded, value)), dim=1)
+    return padded
 
 
 def _check_lengths(rows: Sequence[torch.Tensor], parts: Sequence[torch.Tensor], name: str) -> None:
