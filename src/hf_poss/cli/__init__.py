@@ -10,7 +10,7 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "complete held-out code with the pair that ships with the package",
     "generate": "complete a prompt with a target and its specialists",
-    "train": "train specialists for a target on text",
+    "train": "train specialists for a target, from chats or text to a model card",
     "regenerate": "let a target write the answers of a dataset itself",
     "extract": "store a target's features of a dataset, for training without running it",
     "convert": "turn a published PosS, EAGLE or HASS checkpoint into this package's layout",
