@@ -10,6 +10,7 @@ import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma3TextConfig,
@@ -243,3 +244,17 @@ def hub(monkeypatch):
     with hub_stand_in() as hub:
         hub.serve(monkeypatch)
         yield hub
+
+
+@pytest.fixture
+def revisions_asked(monkeypatch) -> dict[type, set[str | None]]:
+    """Watches, by Auto class, which revisions are loaded."""
+    asked: dict[type, set[str | None]] = {}
+    for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+
+        def spy(name, *args, loader=loader, load=loader.from_pretrained, revision=None, **kwargs):
+            asked.setdefault(loader, set()).add(revision)
+            return load(name, *args, revision=revision, **kwargs)
+
+        monkeypatch.setattr(loader, "from_pretrained", spy)
+    return asked

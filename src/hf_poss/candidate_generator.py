@@ -12,12 +12,13 @@ from transformers.utils import ModelOutput, logging
 
 from .caches import Columns, SpecialistCache
 from .compatibility import device_of, input_device
+from .configuration_poss import eos_token_ids
 from .draft_tree import DraftTree, DraftTreeBuilder
 from .features import hidden_states_wanted, select_features
 from .modeling_poss import PosSModel, RotaryAngles, TargetReference
 
 
-__all__ = ["DraftSettings", "PosSCandidateGenerator", "eos_token_ids", "prompt_entries"]
+__all__ = ["DraftSettings", "PosSCandidateGenerator", "prompt_entries"]
 
 logger = logging.get_logger(__name__)
 
@@ -342,12 +343,6 @@ def _attend(
         mask = mask.repeat(1, heads // groups, 1)[:, None]
     rows = query.reshape(active, groups, heads // groups * frontier, -1)
     return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).view(active, heads, frontier, -1)
-
-
-def eos_token_ids(generation_config: GenerationConfig) -> list[int]:
-    """The end-of-sequence tokens of a call, none, one or several."""
-    eos = generation_config.eos_token_id
-    return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
 
 
 def _until_eos(drafted: torch.LongTensor, eos_token_ids: list[int]) -> torch.LongTensor:

@@ -3,8 +3,10 @@
 Nothing else in the package touches these names.
 """
 
+import copy
 import inspect
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,7 @@ __all__ = [
     "SELECTS_HIDDEN_STATES",
     "VALIDATE",
     "attention_of",
+    "bare_copy",
     "check_trainer",
     "commit_of",
     "custom_generate_source",
@@ -231,6 +234,16 @@ def is_plain_linear(module: nn.Module) -> bool:
         return False
     weight = module.weight
     return type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.is_meta
+
+
+def bare_copy(module: nn.Module, parameters: dict[str, nn.Parameter]) -> nn.Module:
+    """A copy with other parameters, free of what splits its inputs and brings its outputs together: a `forward` of
+    the instance, or hooks in older releases."""
+    twin = copy.copy(module)
+    vars(twin).pop("forward", None)
+    twin._parameters = {name: parameters.get(name) for name in module._parameters}  # a bias may be None
+    twin._forward_pre_hooks, twin._forward_hooks = OrderedDict(), OrderedDict()
+    return twin
 
 
 def input_device(target: PreTrainedModel) -> torch.device:

@@ -15,7 +15,7 @@ from .adapter_settings import complete_adapter
 from .compatibility import relative_imports
 
 
-__all__ = ["PosSConfig", "specialist_index"]
+__all__ = ["PosSConfig", "eos_token_ids", "specialist_index"]
 
 logger = logging.get_logger(__name__)
 
@@ -247,6 +247,12 @@ def _save_custom_generate(folder: Path) -> None:
 def specialist_index(position: int, positions_per_specialist: int, num_specialists: int) -> int:
     """min((k - 1) // n, S - 1) of draft position k (1-based)."""
     return min((position - 1) // positions_per_specialist, num_specialists - 1)
+
+
+def eos_token_ids(config: Any) -> list[int]:
+    """The end-of-sequence tokens that a config names, of a model or of a call: none, one or several."""
+    eos = getattr(config, "eos_token_id", None)
+    return [] if eos is None else [int(token) for token in (eos if isinstance(eos, (list, tuple)) else [eos])]
 
 
 def _first(config: PreTrainedConfig, *names: str) -> Any:

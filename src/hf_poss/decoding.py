@@ -10,8 +10,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from .caches import Columns, TargetCache
-from .candidate_generator import DraftSettings, PosSCandidateGenerator, eos_token_ids, prompt_entries
+from .candidate_generator import DraftSettings, PosSCandidateGenerator, prompt_entries
 from .compatibility import input_device, outlives_call, plain_decoding, sequences_left, tensor_parallel_group
+from .configuration_poss import eos_token_ids
 from .context_memory import CachedFeatures, FeatureHistory, recall
 from .draft_tree import DraftTree
 from .limits import check_memory, check_positions, rope_obstacle

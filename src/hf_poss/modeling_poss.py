@@ -22,7 +22,7 @@ from .compatibility import (
     peft_arguments,
     unsharded_class,
 )
-from .configuration_poss import PosSConfig
+from .configuration_poss import PosSConfig, eos_token_ids
 from .draft_vocabulary import DraftHead, check_draft_vocabulary, rank_tokens
 from .limits import check_size
 from .losses import DEFAULT_LOSSES, parse_losses, roll_out_losses
@@ -592,9 +592,8 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             raise ValueError(f"`counts` has shape {tuple(counts.shape)}; expected ({vocab_size},), one a token.")
         if size is None or not 1 <= size <= vocab_size:
             raise ValueError(f"The size of the draft vocabulary is {size}; expected 1 to {vocab_size}.")
-        ends = self.config.eos_token_id
-        ends = [] if ends is None else ends if isinstance(ends, (list, tuple)) else [ends]
-        vocabulary = rank_tokens(counts.cpu(), size, [end for end in ends if end < vocab_size])
+        ends = [end for end in eos_token_ids(self.config) if end < vocab_size]
+        vocabulary = rank_tokens(counts.cpu(), size, ends)
         self.config.draft_vocab_size = size
         self.register_buffer("draft_vocabulary", vocabulary.to(self.fc.weight.device))
         return self

@@ -103,17 +103,9 @@ def test_other_settings_are_refused_before_the_target_is_loaded(folder, store, c
     assert "samples_digest" in capsys.readouterr().err
 
 
-def test_the_revision_is_that_of_config_tokenizer_and_target(folder, tmp_path, monkeypatch):
-    asked = {}
-    for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
-
-        def spy(name, *args, loader=loader, load=loader.from_pretrained, revision=None, **kwargs):
-            asked.setdefault(loader, set()).add(revision)
-            return load(name, *args, revision=revision, **kwargs)
-
-        monkeypatch.setattr(loader, "from_pretrained", spy)
+def test_the_revision_is_that_of_config_tokenizer_and_target(folder, tmp_path, revisions_asked):
     assert main(command(folder, tmp_path / "features", "--revision", "v2")) == 0
-    assert asked == {loader: {"v2"} for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM)}
+    assert revisions_asked == dict.fromkeys((AutoConfig, AutoTokenizer, AutoModelForCausalLM), {"v2"})
 
 
 def test_a_short_disk_is_refused_before_the_target_is_loaded(folder, tmp_path, capsys, monkeypatch):

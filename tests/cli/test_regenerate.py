@@ -206,17 +206,9 @@ def test_wrong_use_is_told_before_the_target_is_loaded(folder, tmp_path, option,
     assert not any(tmp_path.iterdir())
 
 
-def test_the_revision_is_that_of_config_tokenizer_and_target(folder, tmp_path, monkeypatch):
-    asked = {}
-    for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
-
-        def spy(name, *args, loader=loader, load=loader.from_pretrained, revision=None, **kwargs):
-            asked.setdefault(loader, set()).add(revision)
-            return load(name, *args, revision=revision, **kwargs)
-
-        monkeypatch.setattr(loader, "from_pretrained", spy)
+def test_the_revision_is_that_of_config_tokenizer_and_target(folder, tmp_path, revisions_asked):
     assert main(command(folder, tmp_path / "answers.jsonl", "--revision", "v2")) == 0
-    assert asked == {loader: {"v2"} for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM)}
+    assert revisions_asked == dict.fromkeys((AutoConfig, AutoTokenizer, AutoModelForCausalLM), {"v2"})
 
 
 def test_a_file_that_is_something_else_is_kept(folder, tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 from transformers import LlamaConfig
 
 from hf_poss.training import prepare_dataset
-from hf_poss.training.data import check_samples, check_tokenizer
+from hf_poss.training.checks import check_samples, check_tokenizer
 
 
 datasets = pytest.importorskip("datasets")

@@ -35,7 +35,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_poss import PosSModel, PosSTrainer, PosSTrainingArguments
 from hf_poss.compatibility import tensor_parallel_group
-from hf_poss.training.data import PosSDataCollator
+from hf_poss.training.collator import PosSDataCollator
 from hf_poss.training.features import target_features
 from hf_poss.training.tensor_parallel import shared_features, whole_reference
 

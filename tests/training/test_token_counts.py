@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_poss.training.data import token_counts
+from hf_poss.training.token_counts import token_counts
 
 
 datasets = pytest.importorskip("datasets")

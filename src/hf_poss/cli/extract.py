@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from transformers import AutoConfig, AutoTokenizer
 
-    from ..training.data import check_tokenizer, prepare_dataset
+    from ..training.checks import check_tokenizer
+    from ..training.data import prepare_dataset
     from ..training.feature_store import fill_store
     from ..training.shares import Share
     from ..training.store_index import open_store, plan_store

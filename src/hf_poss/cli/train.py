@@ -228,7 +228,8 @@ def _datasets(
     """Samples for training and for evaluation, or None for those, in which no text is longer than `positions`."""
     from datasets import concatenate_datasets
 
-    from ..training.data import check_samples, prepare_dataset
+    from ..training.checks import check_samples
+    from ..training.data import prepare_dataset
     from ..training.feature_store import FeatureDataset, is_feature_store
 
     def prepare(dataset: Any) -> Any:

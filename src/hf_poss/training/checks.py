@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from ..configuration_poss import eos_token_ids
 from .lengths import sample_lengths
 
 
@@ -49,9 +50,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, target_config: PreTraine
             f"The target does not know these tokens of the tokenizer: {', '.join(sorted(beyond)[:10])}. Data must not "
             "contain them."
         )
-    ends = getattr(config, "eos_token_id", None)
-    ends = ends if isinstance(ends, (list, tuple)) else [ends]
-    same_end = tokenizer.eos_token_id is None or ends[0] is None or tokenizer.eos_token_id in ends
+    ends = eos_token_ids(config)
+    same_end = tokenizer.eos_token_id is None or not ends or tokenizer.eos_token_id in ends
     small = 2 * len(vocabulary) < config.vocab_size
     if small and not same_end and _other_name(tokenizer, target_config):
         raise ValueError(

@@ -9,14 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .chat import ChatRenderer, RefusedConversation
-from .checks import check_samples, check_tokenizer
-from .collator import PosSDataCollator
 from .encoding import cut_rows, encode_rows, pack_rows
 from .formats import Conversation, row_reader
-from .token_counts import token_counts
 
 
-__all__ = ["PosSDataCollator", "check_samples", "check_tokenizer", "prepare_dataset", "token_counts"]
+__all__ = ["prepare_dataset"]
 
 logger = logging.get_logger(__name__)
 

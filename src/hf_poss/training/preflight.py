@@ -11,7 +11,7 @@ from transformers.utils import strtobool
 
 from ..configuration_poss import PosSConfig
 from .arguments import PosSTrainingArguments
-from .data import check_tokenizer
+from .checks import check_tokenizer
 from .metrics import metric_names
 from .resume import check_output_dir, check_resume, checkpoint_to_resume, last_good_checkpoint
 

@@ -7,8 +7,8 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from ..candidate_generator import eos_token_ids as ends_of
 from ..compatibility import input_device
+from ..configuration_poss import eos_token_ids as ends_of
 from .record_files import RecordFile
 from .requests import Request
 from .row_sampling import RowSampling, draws

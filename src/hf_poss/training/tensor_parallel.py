@@ -4,7 +4,6 @@ A pass of such a target takes the same rows in every process, whereas each proce
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..compatibility import bare_copy
 from ..modeling_poss import TargetReference
 from .features import target_features
 
@@ -76,17 +76,12 @@ def whole_reference(
     gathered: dict[int, nn.Parameter] = {}
 
     def whole(module: nn.Module) -> nn.Module:
-        twin = copy.copy(module)
-        twin._parameters = {}
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in gathered:
+        own = dict(module.named_parameters(recurse=False))
+        for parameter in own.values():
+            if id(parameter) not in gathered:
                 tensor = _gathered(parameter.detach(), group, (vocab_size, hidden_size))
                 gathered[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
-            twin._parameters[name] = gathered.get(id(parameter))
-        # What splits inputs and brings outputs together: a `forward` of the instance, or hooks in older releases.
-        vars(twin).pop("forward", None)
-        twin._forward_pre_hooks, twin._forward_hooks = OrderedDict(), OrderedDict()
-        return twin
+        return bare_copy(module, {name: gathered[id(parameter)] for name, parameter in own.items()})
 
     twin = copy.copy(reference)
     twin.embed_tokens, twin.lm_head = whole(reference.embed_tokens), whole(reference.lm_head)

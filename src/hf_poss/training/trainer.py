@@ -2,7 +2,6 @@
 
 import math
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +22,9 @@ from ..statistics import GenerationStatistics
 from .arguments import PosSTrainingArguments
 from .callbacks import ClipGradientValues, Opening, TrainingChecks, gradients_are_finite, use_consoles
 from .checkpointing import CheckpointMixin
-from .data import PosSDataCollator, check_samples, prepare_dataset, token_counts
+from .checks import check_samples
+from .collator import PosSDataCollator
+from .data import prepare_dataset
 from .drafting import (
     draft_from,
     evaluation_prompts,
@@ -42,6 +43,7 @@ from .preflight import check_launch
 from .resume import checkpoint_to_resume
 from .sampling import RepeatedStream, SetSamplerEpoch
 from .tensor_parallel import shared_features, whole_reference
+from .token_counts import token_counts
 
 
 __all__ = ["PosSTrainer"]
@@ -49,9 +51,6 @@ __all__ = ["PosSTrainer"]
 logger = logging.get_logger(__name__)
 
 check_trainer(Trainer)
-
-# Of a stream, the samples whose tokens choose a draft vocabulary.
-_COUNTED_OF_A_STREAM = 10_000
 
 
 class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
@@ -143,7 +142,7 @@ class PosSTrainer(CheckpointMixin, HubMixin, Trainer):
         self.model_accepts_loss_kwargs = True
         self._place_target()
         if train_dataset is not None and poss.config.draft_vocab_size is not None and poss.draft_vocabulary[0] < 0:
-            poss.set_draft_vocabulary(_count_tokens(train_dataset, poss.config.vocab_size))
+            poss.set_draft_vocabulary(token_counts(_tokens_of(train_dataset), poss.config.vocab_size))
             if model is not poss:
                 logger.warning(
                     "The draft vocabulary was counted from the training data, and checkpoints of an adapter do not "
@@ -442,12 +441,3 @@ def _prepare(
 def _tokens_of(dataset: Any) -> Any:
     """The samples without stored features, which are large."""
     return dataset.without_features() if hasattr(dataset, "without_features") else dataset
-
-
-def _count_tokens(dataset: Any, vocab_size: int) -> torch.LongTensor:
-    """How often each token occurs; in a stream, among its first samples."""
-    dataset = _tokens_of(dataset)
-    if not has_length(dataset):
-        logger.warning(f"The draft vocabulary is chosen by the first {_COUNTED_OF_A_STREAM:,} samples of the stream.")
-        dataset = list(islice(dataset, _COUNTED_OF_A_STREAM))
-    return token_counts(dataset, vocab_size)
