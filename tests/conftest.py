@@ -170,7 +170,7 @@ def scripted(monkeypatch):
     accepted, and which is known in advance. A mistake in a text is a draft that will be rejected."""
 
     def script(*texts: list[int]) -> None:
-        def draft(self, root_tokens, settings):
+        def draft(self, root_tokens, settings, *_):
             rows = []
             for slot, root in enumerate(root_tokens.tolist()):
                 committed = self.columns.lengths[slot] + 1

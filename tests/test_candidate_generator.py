@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -17,11 +18,12 @@ from conftest import (
     with_slips,
 )
 from torch import nn
-from transformers import DynamicCache, GenerationConfig
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from hf_poss import PosSCandidateGenerator, PosSModel
+from hf_poss import PosSCandidateGenerator, PosSModel, candidate_generator, collect_statistics
 from hf_poss.candidate_generator import DraftSettings, prompt_entries
-from hf_poss.draft_tree import DraftTreeBuilder
+from hf_poss.draft_passes import DraftPasses
 from hf_poss.modeling_poss import PosSSpecialist
 
 
@@ -94,14 +96,20 @@ def test_each_position_runs_its_specialist_once(llama, n, num_positions, depth, 
 # ---- Cost ----
 
 
-class RowCounter:
-    """Counts the rows that pass each linear layer and norm of a drafter."""
+class RowCounter(TorchFunctionMode):
+    """Counts, inside its block, the rows that pass each matrix and norm of a drafter.
 
-    def __init__(self, poss: PosSModel):
-        self.rows = {}
+    Matrices that stand one above the other in a product count each for itself.
+    """
+
+    def __init__(self, poss: PosSModel, target: PreTrainedModel):
+        super().__init__()
+        self.matrices = {name: m.weight for name, m in poss.named_modules() if isinstance(m, nn.Linear)}
+        self.others = {id(parameter) for parameter in target.parameters()}
+        self.rows: Counter[str] = Counter()
+        self.products = 0
         for name, module in poss.named_modules():
-            if isinstance(module, nn.Linear) or name.endswith("layernorm"):
-                self.rows[name] = 0
+            if name.endswith("layernorm"):
                 module.register_forward_hook(self._count(name))
 
     def _count(self, name):
@@ -110,30 +118,48 @@ class RowCounter:
 
         return hook
 
-    def take(self) -> dict[str, int]:
-        """Rows since the last time, where there were any."""
-        rows = {name: count for name, count in self.rows.items() if count}
-        self.rows = dict.fromkeys(self.rows, 0)
-        return rows
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.linear and id(args[1]) not in self.others:
+            self.products += 1
+            self.rows.update(dict.fromkeys(self._names(args[1]), args[0].shape[:-1].numel()))
+        return func(*args, **(kwargs or {}))
+
+    def _names(self, weight: torch.Tensor) -> list[str]:
+        names, start = [], 0
+        while start < len(weight):
+            names += [
+                name
+                for name, matrix in self.matrices.items()
+                if torch.equal(weight[start : start + len(matrix)], matrix)
+            ]
+            assert names, "a product with a matrix that is not the drafter's"
+            start += len(self.matrices[names[-1]])
+        return names
+
+    def take(self) -> tuple[dict[str, int], int]:
+        """Rows and products since the last time."""
+        taken, self.rows, self.products = (dict(self.rows), self.products), Counter(), 0
+        return taken
 
 
 @pytest.mark.parametrize("length", CONTEXT_LENGTHS)
 def test_context_costs_fc_keys_and_values_only(llama, poss, length):
-    counter = RowCounter(poss)
-    drafter, input_ids = drafter_after_prompt(poss, llama, length)
+    """In two products, whatever the number of specialists."""
+    with RowCounter(poss, llama) as counter:
+        drafter, input_ids = drafter_after_prompt(poss, llama, length)
 
-    def context_rows(rows):
-        of_layers = {f"layers.{i}.self_attn.{p}_proj": rows for i in range(len(poss.layers)) for p in "kv"}
-        return {"fc": rows, **of_layers}
+        def context_rows(rows):
+            of_layers = {f"layers.{i}.self_attn.{p}_proj": rows for i in range(len(poss.layers)) for p in "kv"}
+            return {"fc": rows, **of_layers}
 
-    assert counter.take() == context_rows(length)
+        assert counter.take() == (context_rows(length), 2)
 
-    with torch.no_grad():
-        drafter.draft(input_ids[:, -1], DraftSettings(4, 3, 10))
-        counter.take()
-        accepted = torch.cat((input_ids, random_tokens(3, seed=1)), dim=1)
-        drafter.extend_context(features_of(llama, accepted[:, :-1])[:, -3:], accepted[:, -3:])
-    assert counter.take() == context_rows(3)
+        with torch.no_grad():
+            drafter.draft(input_ids[:, -1], DraftSettings(4, 3, 10))
+            counter.take()
+            accepted = torch.cat((input_ids, random_tokens(3, seed=1)), dim=1)
+            drafter.extend_context(features_of(llama, accepted[:, :-1])[:, -3:], accepted[:, -3:])
+        assert counter.take() == (context_rows(3), 2)
 
 
 @pytest.mark.parametrize("length", CONTEXT_LENGTHS)
@@ -143,10 +169,8 @@ def test_drafting_costs_its_frontiers_whatever_the_context(llama, poss, length, 
 
     Every row of a level goes through `fc` once; the last level is not expanded and costs nothing.
     """
-    counter = RowCounter(poss)
     drafter, input_ids = drafter_after_prompt(poss, llama, length)
-    counter.take()
-    with torch.no_grad():
+    with torch.no_grad(), RowCounter(poss, llama) as counter:
         drafter.draft(input_ids[:, -1], DraftSettings(depth, top_k, 12))
 
     widths = [1] + [top_k] * (depth - 1)  # frontier of each position
@@ -161,21 +185,21 @@ def test_drafting_costs_its_frontiers_whatever_the_context(llama, poss, length, 
             expected[f"layers.{index}.{name}"] = full
         for name in ("k_proj", "v_proj"):
             expected[f"layers.{index}.self_attn.{name}"] = seen
-    assert counter.take() == {name: rows for name, rows in expected.items() if rows}
+    assert counter.take()[0] == {name: rows for name, rows in expected.items() if rows}
 
 
 # ---- Caches ----
 
 
 def assert_same_caches(drafter, fresh, slot: int = 0):
-    """A slot of a drafter holds what a fresh drafter of one row holds."""
+    """A slot of a drafter holds what a fresh drafter of one row holds, in every specialist."""
     length = fresh.columns.lengths[0]
     assert drafter.columns.lengths[slot] == length
     torch.testing.assert_close(drafter.query[slot : slot + 1], fresh.query, rtol=1e-4, atol=1e-4)
-    for cache, fresh_cache in zip(drafter.caches, fresh.caches, strict=True):
-        assert cache.num_nodes == fresh_cache.num_nodes == 0
-        for states, fresh_states in zip(cache.keys_values(), fresh_cache.keys_values(), strict=True):
-            torch.testing.assert_close(states[slot : slot + 1, :, :length], fresh_states, rtol=1e-4, atol=1e-4)
+    held = drafter.buffer.view(len(drafter.columns.lengths), length)
+    for states, fresh_states in zip(held, fresh.buffer.view(1, length), strict=True):
+        assert states.shape[1] == fresh.assistant_model.config.num_specialists
+        torch.testing.assert_close(states[slot : slot + 1], fresh_states, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -272,15 +296,15 @@ def test_caches_inside_generate_are_those_of_a_fresh_prefill(shape, lengths, bef
 
     def spy(self, *args):
         extend_context(self, *args)
-        snapshots.append(copy.deepcopy((self.caches, self.columns, self.query)))
+        snapshots.append((self.assistant_model, *copy.deepcopy((self.buffer, self.columns, self.query))))
 
     with monkeypatch.context() as patch:
         patch.setattr(PosSCandidateGenerator, "extend_context", spy)
         texts = texts_of(write(30, inputs, assistant_model=poss, **kwargs))
 
     places = {row: [] for row in range(len(lengths))}
-    for caches, columns, query in snapshots:
-        seen = SimpleNamespace(caches=caches, columns=columns, query=query)
+    for model, buffer, columns, query in snapshots:
+        seen = SimpleNamespace(assistant_model=model, buffer=buffer, columns=columns, query=query)
         for slot, row in enumerate(columns.rows[: columns.active]):
             places[row].append(columns.lengths[slot])
             assert_same_caches(seen, drafter_of(poss, target, texts[row][None, : places[row][-1] + 1]), slot)
@@ -288,26 +312,78 @@ def test_caches_inside_generate_are_those_of_a_fresh_prefill(shape, lengths, bef
         assert len({after - before for before, after in itertools.pairwise(of_row)}) > 1, "all rounds were alike"
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 5, 11, 12])
+@pytest.mark.parametrize("counts", [[11], [11, 3, 8], [4, 11, 1], None], ids=str)
+def test_context_in_chunks_is_context_at_once(llama, poss, counts, chunk, monkeypatch):
+    """Prompts of any lengths side by side, some of which end chunks before others; and more context behind them."""
+    poss = peaked(poss)
+    rows = 2 if counts is None else len(counts)
+    texts = torch.cat([random_tokens(12, seed=row) for row in range(rows)])
+    more = torch.cat([random_tokens(4, seed=9 + row) for row in range(rows)])
+    features = [features_of(llama, tokens) for tokens in (texts[:, :-1], more)]
+    settings, drafters, trees = DraftSettings(4, 3, 12), [], []
+    for size in (1000, chunk):
+        monkeypatch.setattr(candidate_generator, "CHUNK", size)
+        drafters.append(make_drafter(poss, llama, torch.zeros(rows, 11, dtype=torch.long)))
+        with torch.no_grad(), RowCounter(poss, llama) as counter:
+            drafters[-1].extend_context(features[0], texts[:, 1:], counts)
+        taken, products = counter.take()
+        assert products == 2 * -(-11 // size) and set(taken.values()) == {11 * rows}
+        with torch.no_grad():
+            trees.append(drafters[-1].draft(texts[:, -1], settings))
+            drafters[-1].extend_context(features[1], more, [2, 4, 1][:rows])
+            trees.append(drafters[-1].draft(more[:, -1], settings))
+    whole, chunked = drafters
+    expected = [11] * rows if counts is None else counts
+    assert chunked.columns.lengths == whole.columns.lengths
+    assert whole.columns.lengths == [old + new for old, new in zip(expected, [2, 4, 1], strict=False)]
+    torch.testing.assert_close(chunked.query, whole.query, rtol=1e-4, atol=1e-4)
+    for row, length in enumerate(whole.columns.lengths):
+        for mine, theirs in zip(chunked.buffer.view(rows, length), whole.buffer.view(rows, length), strict=True):
+            torch.testing.assert_close(mine[row], theirs[row], rtol=1e-4, atol=1e-4)
+    for one, other in zip(trees[:2], trees[2:], strict=True):
+        assert torch.equal(one.tokens, other.tokens) and torch.equal(one.parents, other.parents)
+
+
+@torch.no_grad()
+def test_weights_that_change_between_calls_are_those_that_draft(llama):
+    """What a call keeps of them does not outlive it."""
+    poss, changed = (make_poss(llama, seed=seed, positions_per_specialist=2, num_draft_positions=4) for seed in (0, 1))
+    input_ids = random_tokens(12)
+
+    def write(drafter):
+        with collect_statistics() as stats:
+            llama.generate(input_ids, assistant_model=drafter, max_new_tokens=16, do_sample=False)
+        tree = drafter_of(drafter, llama, input_ids).draft(input_ids[:, -1], DraftSettings(4, 3, 12))
+        return stats.calls[0].authors, tree.tokens.tolist(), tree.scores.tolist()
+
+    before, expected = write(poss), write(changed)
+    poss.load_state_dict(changed.state_dict())
+    assert before[1:] != expected[1:]
+    assert write(poss) == expected
+
+
 # ---- Drafting and training compute the same ----
 
 
 class Spy:
-    """Keeps the features that a draft predicts, and its frontiers, level by level."""
+    """Keeps the features that a draft predicts, and what it makes of its frontiers, level by level."""
 
     def __init__(self, monkeypatch):
-        self.features, self.frontiers = [], []
-        complete, grow = PosSSpecialist.complete, DraftTreeBuilder.grow
+        self.features, self.children = [], []
+        complete, expand = PosSSpecialist.complete, DraftPasses.expand
 
         def spy_complete(specialist, *args):
             self.features.append(complete(specialist, *args))
             return self.features[-1]
 
-        def spy_grow(builder, logits):
-            self.frontiers.append(grow(builder, logits))
-            return self.frontiers[-1]
+        def spy_expand(passes, *args, **kwargs):
+            made = expand(passes, *args, **kwargs)
+            self.children.append(made[0])
+            return made
 
         monkeypatch.setattr(PosSSpecialist, "complete", spy_complete)
-        monkeypatch.setattr(DraftTreeBuilder, "grow", spy_grow)
+        monkeypatch.setattr(DraftPasses, "expand", spy_expand)
 
 
 def peaked(poss: PosSModel) -> PosSModel:
@@ -359,24 +435,26 @@ def test_a_drafted_chain_is_a_row_of_the_training_roll_out(family, n, num_positi
 def test_every_branch_of_a_tree_is_a_row_of_the_training_roll_out(monkeypatch):
     target = make_target("llama", scale=1.0)  # flat distributions, so that trees are bushy
     poss = peaked(make_poss(target, positions_per_specialist=2, num_draft_positions=4))
-    drafter, input_ids = drafter_after_prompt(poss, target, 20)
     spy = Spy(monkeypatch)
+    drafter, input_ids = drafter_after_prompt(poss, target, 20)
     with torch.no_grad():
         drafter.draft(input_ids[:, -1], DraftSettings(4, 3, 20))
-    levels, frontiers = list(spy.features), list(spy.frontiers)
+    levels, children = list(spy.features), list(spy.children)
     monkeypatch.undo()
 
     context = features_of(target, input_ids[:, :-1])
     paths = [[]]
-    for level, (features, frontier) in enumerate(zip(levels, frontiers, strict=True), start=1):
+    for level, (features, found) in enumerate(zip(levels, children, strict=True), start=1):
         assert features.shape[1] == len(paths)
         for row, path in enumerate(paths):
             expected = teacher_forced(poss, context, input_ids, path)[-1]
             torch.testing.assert_close(features[0, row], expected, rtol=1e-4, atol=1e-4)
-        paths = [
-            [*paths[parent], token]
-            for parent, token in zip(frontier.parents[0].tolist(), frontier.tokens[0].tolist(), strict=True)
+        if level == len(levels):
+            break
+        below = [
+            [*path, token] for path, row in zip(paths, found.tokens.view(-1, 3).tolist(), strict=True) for token in row
         ]
+        paths = [below[child] for child in found.chosen[0].tolist()]
         assert all(len(path) == level for path in paths)
     assert len({tuple(path[:-1]) for path in paths}) > 1, "no branches compared"
 

@@ -2,11 +2,15 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from hf_poss.draft_tree import DraftTree, DraftTreeBuilder
+from hf_poss.draft_passes import DraftPasses
+from hf_poss.draft_tree import DraftTree, choose_nodes, rank_candidates
+from hf_poss.draft_vocabulary import DraftHead
 
 
 VOCAB = 13
@@ -59,22 +63,64 @@ def brute_force(drafter, depth: int, top_k: int, total: int) -> tuple[list[list[
     return frontiers, {path for path, _ in kept}
 
 
-def grow(drafters, roots: list[int], depth: int, top_k: int) -> tuple[DraftTreeBuilder, list[list[list[Path]]]]:
-    """Feeds a builder one drafter a row; returns it with the paths of its frontiers, [level][row]."""
-    builder = DraftTreeBuilder(torch.tensor(roots), top_k)
-    paths: list[list[Path]] = [[()] for _ in drafters]
-    levels = []
-    for _ in range(depth):
-        logits = torch.tensor(
-            [[drafter.logits(path) for path in row] for drafter, row in zip(drafters, paths, strict=True)]
-        )
-        frontier = builder.grow(logits)
-        paths = [
-            [(*row[parent], token) for parent, token in zip(parents, tokens, strict=True)]
-            for row, parents, tokens in zip(paths, frontier.parents.tolist(), frontier.tokens.tolist(), strict=True)
-        ]
-        levels.append(paths)
-    return builder, levels
+class Predicting:
+    """Specialists, embedding and head at once, whose features say of which path they are: the number of a path."""
+
+    head_dim, k_proj, v_proj = 1, nn.Identity(), nn.Identity()
+
+    def __init__(self, drafters):
+        self.drafters = drafters
+        self.paths: list[tuple[int, Path]] = [(row, ()) for row in range(len(drafters))]
+        self.self_attn, self.layers = self, [self]
+
+    def rotary(self, query, positions):
+        return (positions[..., None].float(),) * 2
+
+    def queries(self, fused, rotary):
+        return fused[:, None]
+
+    def complete(self, fused, attended):
+        return fused
+
+    def embed(self, tokens, like):
+        return tokens[..., None]
+
+    def fuse(self, embeddings, features):
+        numbers = torch.zeros_like(features)
+        for place, token in zip(torch.ones_like(embeddings).nonzero().tolist(), embeddings.flatten(), strict=True):
+            row, path = self.paths[int(features[tuple(place)])]
+            numbers[tuple(place)] = len(self.paths)
+            self.paths.append((row, (*path, int(token))))
+        return numbers
+
+    def logits(self, features):
+        rows = [self.paths[int(number)] for number in features.flatten()]
+        return torch.tensor([self.drafters[row].logits(path) for row, path in rows]).unflatten(0, features.shape[:-1])
+
+
+def grow(drafters, roots: list[int], depth: int, top_k: int) -> tuple[SimpleNamespace, list[list[list[Path]]]]:
+    """Runs draft passes for one drafter a row; returns what builds their tree, with the paths of the frontiers,
+    [level][row]."""
+    predicting = Predicting(drafters)
+    passes = DraftPasses(predicting, predicting, DraftHead(predicting, None))
+    rows, top_k = len(drafters), min(top_k, len(drafters[0].logits(())))
+    root = torch.arange(float(rows))[:, None, None]
+    nodes = torch.zeros(rows, 1, 1, depth * top_k, 1)
+    frontier, rotary = passes.root(root, torch.ones(rows, dtype=torch.long), depth, 1, depth * top_k)
+    levels, frontiers = [], []
+    for level in range(1, depth + 1):
+        own = torch.zeros(top_k, depth * top_k)
+        children, frontier = passes.expand(0, frontier, rotary, (nodes, nodes), None, own, None, top_k)
+        levels.append(children)
+        numbers = frontier.fused[..., 0].int().tolist()
+        frontiers.append([[predicting.paths[number][1] for number in row] for row in numbers])
+        assert all(len(path) == level for row in frontiers[-1] for path in row)
+
+    def build(total: int, ranked: int | None = None) -> DraftTree:
+        candidates = rank_candidates(levels, top_k, total - 1 if ranked is None else ranked)
+        return choose_nodes(torch.tensor(roots), candidates, total)
+
+    return SimpleNamespace(build=build, levels=levels, top_k=top_k), frontiers
 
 
 def node_paths(tree: DraftTree, row: int = 0) -> list[Path]:
@@ -183,26 +229,108 @@ def test_a_batch_is_its_rows():
         alone = grow([drafter], [3 + row], depth=4, top_k=3)[0].build(14)
         for name in ("tokens", "parents", "depths"):
             assert torch.equal(getattr(together, name)[row], getattr(alone, name)[0]), name
-        assert torch.equal(together.ancestor_mask()[row], alone.ancestor_mask()[0])
+        assert torch.equal(together.ancestors[row], alone.ancestors[0])
 
 
-@pytest.mark.parametrize(("depth", "top_k", "total"), [(1, 4, 5), (4, 3, 15), (6, 1, 7), (6, 4, 40)])
-def test_ancestor_mask(depth, top_k, total):
+def naive_ancestors(tree: DraftTree, row: int) -> list[list[bool]]:
+    paths = node_paths(tree, row)
+    return [[path[: len(other)] == other for other in paths] for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("depth", "top_k", "total"), [(1, 4, 5), (4, 3, 15), (6, 1, 7), (6, 4, 40), (9, 2, 30), (12, 1, 13), (3, 1, 2)]
+)
+def test_ancestors(depth, top_k, total):
     tree = grow([RandomDrafter(seed) for seed in range(2)], [3, 4], depth, top_k)[0].build(total)
-    mask = tree.ancestor_mask()
-    assert mask.dtype == torch.bool
+    assert tree.ancestors.dtype == torch.bool
     for row in range(2):
-        paths = node_paths(tree, row)
-        expected = [[path[: len(other)] == other for other in paths] for path in paths]
-        assert mask[row].tolist() == expected
+        assert tree.ancestors[row].tolist() == naive_ancestors(tree, row)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 8, 9, 33])
+@pytest.mark.parametrize("levels", ["found", "more"])
+def test_ancestors_of_any_tree(nodes, levels):
+    """Trees whose nodes hang anywhere, chains of every length among them; `max_depth` may lie above all depths."""
+    generator = random.Random(nodes)
+    for bushy in (1, 2, nodes):
+        parents = [[0] + [generator.randrange(max(0, node - bushy), node) for node in range(1, nodes)] for _ in "abc"]
+        depths = [[0] * nodes for _ in parents]
+        for row, above in enumerate(parents):
+            for node in range(1, nodes):
+                depths[row][node] = depths[row][above[node]] + 1
+        deepest = max(map(max, depths)) + (5 if levels == "more" else 0)
+        tokens = torch.arange(nodes).expand(3, -1)
+        tree = DraftTree(tokens, torch.tensor(parents), torch.tensor(depths), max_depth=deepest)
+        for row in range(3):
+            assert tree.ancestors[row].tolist() == naive_ancestors(tree, row)
+
+
+@pytest.mark.parametrize(("depth", "top_k", "total"), [(1, 4, 3), (4, 3, 15), (5, 1, 6), (6, 4, 40)])
+def test_scores_are_those_of_the_paths(depth, top_k, total):
+    drafters = [RandomDrafter(seed) for seed in range(2)]
+    tree = grow(drafters, [3, 4], depth, top_k)[0].build(total)
+    assert tree.scores.dtype == torch.float32
+    for row, drafter in enumerate(drafters):
+        expected = []
+        for path in node_paths(tree, row):
+            score = 0.0
+            for step, token in enumerate(path):
+                logits = torch.tensor(drafter.logits(path[:step]), dtype=torch.float64)
+                score += logits.log_softmax(-1)[token].item()
+            expected.append(score)
+        torch.testing.assert_close(tree.scores[row], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("kind", [RandomDrafter, UndecidedDrafter])
+@pytest.mark.parametrize(("depth", "top_k"), [(1, 4), (4, 3), (5, 1), (6, 4)])
+def test_candidates_are_ranked_by_their_paths(depth, top_k, kind):
+    """All that were looked at, with the scores and positions of their paths."""
+    drafters = [kind(seed) for seed in range(2)]
+    made, _ = grow(drafters, [3, 4], depth, top_k)
+    candidates = rank_candidates(made.levels, top_k, 1000)
+    whole = made.build(1001)
+    for row in range(2):
+        looked_at = sorted(zip(whole.scores[row, 1:].tolist(), whole.depths[row, 1:].tolist(), strict=True))
+        ranked = list(zip(candidates.scores[row].tolist(), candidates.depths[row].tolist(), strict=True))
+        assert sorted(ranked) == looked_at
+        assert [score for score, _ in ranked] == sorted((score for score, _ in ranked), reverse=True)
+    fewer = rank_candidates(made.levels, top_k, 3)
+    for name in ("order", "scores", "depths"):
+        assert torch.equal(getattr(fewer, name), getattr(candidates, name)[:, :3])
+
+
+@pytest.mark.parametrize("total", [2, 5, 14])
+def test_a_tree_does_not_depend_on_what_else_was_ranked(total):
+    """Its size may be chosen when the ranking is known."""
+    made, _ = grow([RandomDrafter(0), CertainDrafter(1), UndecidedDrafter(2)], [3, 4, 5], depth=4, top_k=3)
+    tree, other = made.build(total), made.build(total, ranked=25)
+    for name in ("tokens", "parents", "depths", "scores"):
+        assert torch.equal(getattr(tree, name), getattr(other, name)), name
+
+
+def test_roots_alone_are_a_tree_of_no_level():
+    tree = DraftTree.of_roots(torch.tensor([5, 8]))
+    assert (tree.tokens.tolist(), tree.parents.tolist(), tree.depths.tolist()) == ([[5], [8]], [[0]] * 2, [[0]] * 2)
+    assert tree.max_depth == 0
+    assert tree.ancestors.tolist() == [[[True]]] * 2
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 6])
+def test_a_star_has_its_nodes_below_the_root(nodes):
+    tree = DraftTree.star(torch.tensor([5, 8]), nodes)
+    assert tree.tokens.tolist() == [[5] * nodes, [8] * nodes]
+    assert tree.depths.tolist() == [[0] + [1] * (nodes - 1)] * 2 and tree.parents.tolist() == [[0] * nodes] * 2
+    assert tree.ancestors[1].tolist() == [[column in (0, row) for column in range(nodes)] for row in range(nodes)]
 
 
 def test_the_example_of_the_documentation():
     """Root 7 with children 3 and 5, and 9 below 5."""
-    builder = DraftTreeBuilder(torch.tensor([7]), top_k=2)
-    builder.grow(torch.tensor([[[0.0, 0, 0, 6, 0, 7, 0, 0, 0, 0]]]))
-    second = torch.zeros(1, 2, 10)
-    second[0, 0, 9] = 20.0  # below 5, the better of the two
-    builder.grow(second)
-    tree = builder.build(4)
+
+    class Example(RandomDrafter):
+        def logits(self, path):
+            if path == (5,):  # the better of the two
+                return [0.0] * 9 + [20.0]
+            return [0.0, 0, 0, 6, 0, 7, 0, 0, 0, 0] if path == () else [0.0] * 10
+
+    tree = grow([Example(0)], [7], depth=2, top_k=2)[0].build(4)
     assert set(node_paths(tree)) == {(), (3,), (5,), (5, 9)}

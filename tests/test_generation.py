@@ -221,29 +221,26 @@ def test_sampled_tokens_have_the_targets_distribution(tiny_target, shape):
     assert chi_square_p_value(counts, joint) > ERROR_RATE
 
 
-def eager_walk(nodes, parents, row, tokens, stop, picker, logits, picks):
+class EagerWalk(Walk):
     """A walk that takes drafted tokens wherever it can."""
-    node = 0
 
-    class Eager:
-        scores = picker.scores
-
-        def pick(self, prefix, logits):
-            nonlocal node
-            scores = picker.logits_processor(prefix, logits.clone())
+    @classmethod
+    def picking(cls, nodes, parents, logits, row, tokens, stop, picker):
+        def step(node):
+            prefix = tokens.prefix(row)
+            scores = picker.logits_processor(prefix, logits[node : node + 1].clone())
             children = [child for child in range(1, len(nodes)) if parents[child] == node]
             children = [child for child in children if scores[0, nodes[child]] > -torch.inf]
             if not children:
-                return picker.pick(prefix, logits)
-            node = children[0]
-            return nodes[node]
+                return picker.pick(prefix, logits[node : node + 1]), None
+            return nodes[children[0]], children[0]
 
-    return Walk(nodes, parents, row, tokens, stop, Eager(), logits, picks)
+        return cls(row, tokens, stop, picker, step)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_distribution_test_notices_a_walk_that_favours_drafts(tiny_target, shape, monkeypatch):
-    monkeypatch.setattr(decoding, "Walk", eager_walk)
+    monkeypatch.setattr(decoding, "Walk", EagerWalk)
     counts, _ = sample(tiny_target, drafter_for(tiny_target, shape), PROMPT, NUM_SAMPLES // 2)
     assert chi_square_p_value(counts, exact_joint(tiny_target, PROMPT)) < ERROR_RATE
 

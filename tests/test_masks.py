@@ -64,7 +64,7 @@ def test_a_node_sees_what_it_would_see_behind_its_path(name, dtype):
     lengths = torch.tensor([len(text) for text in texts])
     padding = torch.tensor([text.index(1) for text in texts])
 
-    masks = tree_masks(kinds, tree(len(texts)), context, lengths, padding, dtype)
+    masks = tree_masks(kinds, tree(len(texts)), context, width, lengths, padding, dtype)
 
     assert isinstance(masks, dict) == (len(kinds.names) > 1)
     masks = masks if isinstance(masks, dict) else {kinds.names[0]: masks}
@@ -80,6 +80,20 @@ def test_a_node_sees_what_it_would_see_behind_its_path(name, dtype):
                 assert seen[columns].tolist() == seen_by_last(config, [*text, *[1] * len(path)], kind)
                 seen[columns] = False
                 assert not seen.any(), "a node sees other branches or other rows' columns"
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_without_padding_nothing_has_to_be_said_about_the_context(name):
+    """Rows of one length, all of it context: with and without saying so."""
+    kinds, lengths, padding = LayerKinds.of(CONFIGS[name]()), torch.tensor([11, 11]), torch.zeros(2, dtype=torch.long)
+    context = torch.ones(2, 11, dtype=torch.bool)
+    said, unsaid = (
+        tree_masks(kinds, tree(2), known, 11, lengths, padding, torch.float32) for known in (context, None)
+    )
+    assert isinstance(said, dict) == isinstance(unsaid, dict)
+    for kind in kinds.names:
+        one, other = (masks[kind] if isinstance(masks, dict) else masks for masks in (said, unsaid))
+        assert torch.equal(one, other)
 
 
 def test_kinds_that_are_not_known_are_named():

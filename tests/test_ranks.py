@@ -28,7 +28,15 @@ def test_the_first_process_keeps_its_word(group):
     assert agreed.max_depth == 2
 
 
+def test_picks_stay_what_and_where_they_are(group):
+    picks = torch.tensor([[4, 2, 9], [1, 1, 3]])
+    agreed = Ranks(group).agree_on_picks(picks)
+    assert agreed.tolist() == [[4, 2, 9], [1, 1, 3]] and agreed.device == picks.device
+
+
 def test_without_a_group_nothing_is_sent():
     ranks, values, tree = Ranks(None), [1], make_tree()
     assert ranks.agree(values) is values
     assert ranks.agree_on_tree(tree) is tree
+    picks = torch.tensor([[4]])
+    assert ranks.agree_on_picks(picks) is picks

@@ -132,7 +132,7 @@ def test_every_draft_round_agrees(case):
 
         assert tree.tokens.tolist() == wanted["draft_tokens"].tolist(), index
         assert tree.depths[0].tolist() == expected[f"draft.{index}.tree_position_ids"].tolist(), index
-        assert torch.equal(tree.ancestor_mask()[:, None], expected[f"draft.{index}.tree_mask"].bool()), index
+        assert torch.equal(tree.ancestors[:, None], expected[f"draft.{index}.tree_mask"].bool()), index
         retrieved = {
             tuple(node for node in path if node >= 0) for path in expected[f"draft.{index}.retrieve_indices"].tolist()
         }

@@ -9,6 +9,7 @@ from conftest import PAD, SHAPES, SMALL_VOCAB, drafter_for, left_padded, small_t
 from transformers import PreTrainedModel
 
 from hf_poss import PosSCandidateGenerator, collect_statistics
+from hf_poss.draft_passes import DraftPasses
 from hf_poss.draft_tree import DraftTree
 from hf_poss.statistics import CallRecord, CallStatistics, GenerationStatistics
 
@@ -36,7 +37,7 @@ def draft_known_text(monkeypatch, text: list[int], wrong_position: int | None = 
     """Makes drafts hold the next tokens of `text`, a wrong one at `wrong_position`; trees have a second, wrong node at
     every level."""
 
-    def draft(self, root_tokens, settings):
+    def draft(self, root_tokens, settings, *_):
         committed = self.columns.lengths[0] + 1
         tokens, parents, depths, parent = [int(root_tokens)], [0], [0], 0
         for position in range(1, settings.depth + 1):
@@ -118,8 +119,8 @@ def test_counts_are_those_of_the_drafts_and_the_text(target, shape, depth, n, nu
     trees = []
     draft = PosSCandidateGenerator.draft
 
-    def spy(self, root_tokens, settings):
-        trees.append(draft(self, root_tokens, settings))
+    def spy(self, *args):
+        trees.append(draft(self, *args))
         return trees[-1]
 
     monkeypatch.setattr(PosSCandidateGenerator, "draft", spy)
@@ -337,7 +338,7 @@ def test_a_call_that_fails_leaves_no_trace_on_the_next(target, shape, monkeypatc
     with collect_statistics() as alone:
         write(target, poss, 9)
 
-    def fail(self, root_tokens, settings):
+    def fail(self, *args):
         raise RuntimeError("out of luck")
 
     with collect_statistics() as stats:
@@ -357,6 +358,46 @@ def test_a_block_that_fails_is_closed(target, shape):
 
 
 # ---- Time ----
+
+
+def test_passes_are_timed_one_by_one(target, shape, monkeypatch):
+    """A nap in the passes of one draft position shows there; another part's elsewhere."""
+    poss = drafter_for(target, shape, positions_per_specialist=1, num_draft_positions=4)
+    expand, naps = DraftPasses.expand, []
+
+    def slow(self, specialist, *args, **kwargs):
+        if specialist == 2:  # it serves the third position alone
+            naps.append(0.03)
+            time.sleep(naps[-1])
+        return expand(self, specialist, *args, **kwargs)
+
+    monkeypatch.setattr(DraftPasses, "expand", slow)
+    with collect_statistics() as stats:
+        write(target, poss, 12)
+    assert len(stats.pass_seconds) == 4 and len(naps) > 1
+    assert stats.pass_seconds[2] == max(stats.pass_seconds) >= sum(naps)
+    assert sum(stats.pass_seconds) == pytest.approx(stats.seconds["passes"])
+
+
+def test_every_part_of_a_call_takes_time(target, shape):
+    """They add up to its three sums, over calls too; a batch's round is one."""
+    prompts, calls = left_padded([PROMPT, PROMPT[:, 2:]]), []
+    with collect_statistics() as stats:
+        for _ in range(2):
+            with collect_statistics() as one:
+                target.generate(**prompts, assistant_model=drafter_for(target, shape), max_new_tokens=9)
+            calls.append(one)
+    parts = {"prompt", "context", "passes", "tree", "verification", "walk", "cache", "other"}
+    assert set(stats.seconds) == parts and min(stats.seconds.values()) > 0.0
+    for part in parts:
+        assert stats.seconds[part] == pytest.approx(sum(call.seconds[part] for call in calls))
+    seconds = stats.seconds
+    assert stats.drafting_seconds == pytest.approx(seconds["context"] + seconds["passes"] + seconds["tree"])
+    assert stats.verifying_seconds == pytest.approx(seconds["prompt"] + seconds["verification"])
+    assert stats.other_seconds == pytest.approx(seconds["walk"] + seconds["cache"] + seconds["other"])
+    for record in stats.records:
+        assert record.rounds == max(row.rounds for row in record.rows) < sum(row.rounds for row in record.rows)
+    assert stats.passes == sum(record.rounds for record in stats.records)
 
 
 @pytest.mark.parametrize("slow", ["drafting", "verifying"])

@@ -1,7 +1,9 @@
 """The walk over a verified tree, on trees and logits made by hand, and when rows end."""
 
+import random
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,7 +17,17 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
-from hf_poss.verification import StopCheck, TokenPicker, TokenRows, Walk, walk_all
+from hf_poss.draft_tree import DraftTree
+from hf_poss.verification import (
+    StopCheck,
+    TokenPicker,
+    TokenRows,
+    Walk,
+    confirmed_paths,
+    greedy_picks,
+    scripted_picks,
+    walk_all,
+)
 
 
 VOCAB = 8
@@ -57,12 +69,33 @@ def walked(
     row: int = 0,
     tree: tuple[list[int], list[int]] = (TOKENS, PARENTS),
 ) -> Walk:
-    """A walk at its end. `all_at_once` hands it the most likely token of every node."""
+    """A walk at its end. `all_at_once` finds its way from the most likely token of every node."""
     tokens = TokenRows(PROMPT, PAD) if tokens is None else tokens
-    picks = logits.argmax(-1).tolist() if all_at_once else None
-    walk = Walk(*tree, row, tokens, stop or stop_check(rows=len(tokens.lengths)), picker, logits, picks)
+    stop = stop or stop_check(rows=len(tokens.lengths))
+    if all_at_once:
+        walk = Walk.along(*way_through(tree, logits.argmax(-1)), row, tokens, stop, picker)
+    else:
+        walk = Walk.picking(*tree, logits, row, tokens, stop, picker)
     walk_all([walk])
     return walk
+
+
+def way_through(tree: tuple[list[int], list[int]], picks: torch.Tensor) -> tuple[list[int], list[int]]:
+    """The path that the picks [nodes] confirm, and the token picked at each of its nodes."""
+    counts, paths = confirmed_paths(draft_tree([tree]), picks[None])
+    path = paths[0, : counts[0]]
+    return path.tolist(), picks[path].tolist()
+
+
+def draft_tree(trees: list[tuple[list[int], list[int]]]) -> DraftTree:
+    """Trees of as many nodes, by tokens and parents."""
+    depths = []
+    for _, parents in trees:
+        depths.append([0] * len(parents))
+        for node in range(1, len(parents)):
+            depths[-1][node] = depths[-1][parents[node]] + 1
+    tokens, parents = zip(*trees, strict=True)
+    return DraftTree(*map(torch.tensor, (tokens, parents, depths)), max_depth=max(map(max, depths)))
 
 
 class Recording(LogitsProcessor):
@@ -227,7 +260,9 @@ def test_rows_walk_their_own_way():
     tokens = TokenRows(PROMPT.expand(3, -1), PAD)
     stop = stop_check(EosTokenCriteria([5]), rows=3)
     rows = [LEFT, (4, 0, 3, 0, 0, 1, 0, 6), (1, 0, 0, 0, 0, 0, 0, 0)]
-    walks = [Walk(TOKENS, PARENTS, row, tokens, stop, greedy(), picking(*picks)) for row, picks in enumerate(rows)]
+    walks = [
+        Walk.picking(TOKENS, PARENTS, picking(*picks), row, tokens, stop, greedy()) for row, picks in enumerate(rows)
+    ]
     walk_all(walks)
     assert [walk.emitted for walk in walks] == [[3, 5], [4, 3, 1, 6], [1]]
     assert [walk.ended for walk in walks] == [True, False, False]
@@ -239,10 +274,101 @@ def test_rows_in_step_stay_of_one_length():
     tokens = TokenRows(PROMPT.expand(3, -1), PAD)
     stop = stop_check(EosTokenCriteria([6]), rows=3)
     rows = [LEFT, (4, 0, 7, 0, 0, 0, 0, 0), (6, 0, 0, 0, 0, 0, 0, 0)]
-    walks = [Walk(TOKENS, PARENTS, row, tokens, stop, greedy(), picking(*picks)) for row, picks in enumerate(rows)]
+    walks = [
+        Walk.picking(TOKENS, PARENTS, picking(*picks), row, tokens, stop, greedy()) for row, picks in enumerate(rows)
+    ]
     walk_all(walks, in_step=True)
     assert [walk.emitted for walk in walks] == [[3, 5], [4, 7], [6]]
     assert [len(walk.path) for walk in walks] == [2, 2, 1]
+
+
+def naive_path(tokens: list[int], parents: list[int], picks: list[int]) -> list[int]:
+    """Node by node: the child that carries the pick, until there is none."""
+    path = [0]
+    while True:
+        node = path[-1]
+        children = [child for child in range(1, len(tokens)) if parents[child] == node]
+        accepted = [child for child in children if tokens[child] == picks[node]]
+        if not accepted:
+            return path
+        path.append(accepted[0])
+
+
+def random_tree(generator: random.Random, nodes: int, vocab: int) -> tuple[list[int], list[int]]:
+    """Any tree in which a parent comes before its children and siblings differ."""
+    tokens, parents = [generator.randrange(vocab)], [0]
+    while len(tokens) < nodes:
+        parent, token = generator.randrange(len(tokens)), generator.randrange(vocab)
+        if all(parents[child] != parent or tokens[child] != token for child in range(1, len(tokens))):
+            tokens.append(token)
+            parents.append(parent)
+    return by_level(tokens, parents)
+
+
+def by_level(tokens: list[int], parents: list[int]) -> tuple[list[int], list[int]]:
+    """The nodes in the order of a draft tree, level by level."""
+    order, level = [0], [0]
+    while level:
+        level = [child for node in level for child in range(1, len(tokens)) if parents[child] == node]
+        order += level
+    return [tokens[node] for node in order], [order.index(parents[node]) for node in order]
+
+
+@pytest.mark.parametrize("vocab", [2, 3, 6])
+@pytest.mark.parametrize("nodes", [1, 2, 5, 20, 61])
+def test_ways_that_are_found_together_are_those_of_a_walk(nodes, vocab):
+    """Batches of random trees and picks; few tokens, so that paths of any length are confirmed, on the first branch
+    and others, and branches that are not reached hold the right tokens too."""
+    generator, lengths = random.Random(nodes), Counter()
+    vocab = max(vocab, 2)
+    for _ in range(20):
+        trees = [random_tree(generator, nodes, vocab) for _ in range(5)]
+        picks = [[generator.randrange(vocab) for _ in range(nodes)] for _ in trees]
+        for (tokens, parents), of_row in zip(trees, picks, strict=True):
+            for node in range(1, nodes):  # half of the nodes agree with what is picked above them, up to siblings
+                if generator.random() < 0.5:
+                    of_row[parents[node]] = tokens[node]
+        tree = draft_tree(trees)
+        counts, paths = confirmed_paths(tree, torch.tensor(picks))
+        assert paths.shape == (5, tree.max_depth + 1) and counts.dtype == paths.dtype == torch.long
+        assert 0 <= paths.min() and paths.max() < nodes, "what does not count must be a node all the same"
+        for (tokens, parents), of_row, count, path in zip(trees, picks, counts.tolist(), paths.tolist(), strict=True):
+            expected = naive_path(tokens, parents, of_row)
+            assert path[:count] == expected
+            lengths[count] += 1
+    assert nodes < 5 or len(lengths) > 2, "all ways were alike"
+
+
+def test_trees_whose_levels_were_cut_off_are_walked_too():
+    """Levels were grown of which no node was kept: `max_depth` is above all depths, the path no longer for it."""
+    tree = draft_tree([(TOKENS, PARENTS)])
+    deeper = DraftTree(tree.tokens, tree.parents, tree.depths, max_depth=6)
+    counts, paths = confirmed_paths(deeper, picking(*LEFT).argmax(-1)[None])
+    assert paths[0, : counts[0]].tolist() == [0, 1, 3, 6] and paths.shape == (1, 7)
+
+
+def test_a_script_takes_the_place_of_greedy_picks():
+    """Inside of its block alone, and of this thread; the one around it comes back."""
+    tree, logits = draft_tree([(TOKENS, PARENTS)] * 2), torch.stack([picking(*LEFT), picking(1, *[0] * 7)])
+    own = logits.argmax(-1)
+    assert torch.equal(greedy_picks(tree, logits), own)
+    seen = []
+
+    def script(given, picks):
+        seen.append((given, picks.clone()))
+        return picks + 1
+
+    with scripted_picks(lambda given, picks: picks * 0):
+        with scripted_picks(script):
+            assert torch.equal(greedy_picks(tree, logits), own + 1)
+        assert not greedy_picks(tree, logits).any()
+        with pytest.raises(RuntimeError), scripted_picks(script):
+            raise RuntimeError
+        assert not greedy_picks(tree, logits).any()
+        with ThreadPoolExecutor() as pool:
+            assert torch.equal(pool.submit(greedy_picks, tree, logits).result(), own)
+    assert torch.equal(greedy_picks(tree, logits), own)
+    assert len(seen) == 1 and seen[0][0] is tree and torch.equal(seen[0][1], own)
 
 
 # ---- The tokens of a batch ----
@@ -251,9 +377,9 @@ def test_rows_in_step_stay_of_one_length():
 def test_rows_grow_at_their_own_pace():
     prompts = torch.tensor([[1, 2], [3, 4]])
     rows = TokenRows(prompts, pad_token_id=9)
-    rows.append(1, [5, 6, 7])
-    rows.append(0, [8])
-    rows.append(1, list(range(200)))
+    for row, new in ((1, [5, 6, 7]), (0, [8]), (1, range(200))):
+        for token in new:
+            rows.append(row, token)
     assert rows.lengths == [3, 205]
     assert rows.prefix(0).tolist() == [[1, 2, 8]]
     assert rows.prefix(1).tolist() == [[3, 4, 5, 6, 7, *range(200)]]
@@ -261,7 +387,7 @@ def test_rows_grow_at_their_own_pace():
     rows.cut(1, 3)
     assert rows.lengths == [3, 3]
     assert rows.up_to(5).tolist() == [[1, 2, 8, 9, 9], [3, 4, 5, 9, 9]]
-    rows.append(1, [7])
+    rows.append(1, 7)
     assert rows.prefix(1).tolist() == [[3, 4, 5, 7]]
     assert prompts.tolist() == [[1, 2], [3, 4]], "the caller's prompt was written to"
 
@@ -269,7 +395,7 @@ def test_rows_grow_at_their_own_pace():
 def test_a_length_that_no_row_has_is_refused():
     with pytest.raises(ValueError, match="No row has 900 tokens; the longest has 4"):
         rows = TokenRows(PROMPT, PAD)
-        rows.append(0, [1])
+        rows.append(0, 1)
         rows.up_to(900)
 
 
@@ -292,7 +418,7 @@ def grown(stop: StopCheck, rows: list[list[int]]) -> TokenRows:
     tokens = TokenRows(torch.full((len(rows), 1), 7), PAD)
     for row, text in enumerate(rows):
         for token in text:
-            tokens.append(row, [token])
+            tokens.append(row, token)
             if stop(row, token, tokens):
                 break
     return tokens
@@ -324,7 +450,7 @@ def test_criteria_over_the_batch_are_asked_when_the_slowest_row_is_there():
 
     def write(row, *new):
         for token in new:
-            tokens.append(row, [token])
+            tokens.append(row, token)
             stop(row, token, tokens)
         stop.ask_together(tokens, lambda length: None)
 
@@ -361,7 +487,7 @@ def test_time_is_over_for_rows_one_by_one():
     """transformers' own criteria on a row's own text need no other row."""
     stop = stop_check(MaxTimeCriteria(0.0, initial_timestamp=time.time() - 1), rows=2)
     tokens = TokenRows(torch.tensor([[7], [7]]), PAD)
-    tokens.append(1, [3])
+    tokens.append(1, 3)
     stop(1, 3, tokens)
     assert stop.ends == [None, 2]
 
@@ -371,7 +497,7 @@ def test_scores_reach_criteria_over_the_batch():
     stop = stop_check(lambda tokens, scores: bool(seen.append((tokens.shape[1], scores))), rows=2)
     tokens = TokenRows(torch.tensor([[7], [7]]), PAD)
     for row in range(2):
-        tokens.append(row, [1])
+        tokens.append(row, 1)
     stop.ask_together(tokens, lambda length: ("scores up to", length))
     assert seen == [(2, ("scores up to", 2))]
 

@@ -1,25 +1,35 @@
 """Keys and values of rows that grow at their own pace: the specialists', and a target's while it verifies drafts."""
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
-from .compatibility import is_placeholder
+from .compatibility import is_placeholder, mark_static
+from .transfers import upload
 
 
-__all__ = ["Columns", "KeyValueBuffer", "SpecialistCache", "TargetCache"]
+__all__ = ["BufferGroup", "Columns", "KeyValueBuffer", "TargetCache", "move_entries"]
 
 _FIRST_CAPACITY = 256
+# Layers whose entries move together. More would move faster, and need more memory while they grow.
+_GROUP = 8
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 class Columns:
     """Which columns of a buffer belong to which row.
 
-    Columns 0..width-1 hold context, of which the row in slot i has the first `lengths[i]`. What a pass adds, its
-    nodes, lies behind the width, at the same columns in every row; those that are kept then move to the end of their
+    Columns 0..start-1 are for context, of which the row in slot i has the first `lengths[i]`. What a pass adds, its
+    nodes, lies from `start` on, at the same columns in every row; those that are kept then move to the end of their
     row.
 
     Example: rows of 5 and 7 entries and a pass of 3 nodes. The width is 7 and the nodes are columns 7, 8 and 9 in both
@@ -29,12 +39,15 @@ class Columns:
 
     Args:
         rows: number of rows.
+        capacity: columns for context in buffers of one size for the whole call, behind which nodes lie and no row
+            gives up its slot; None where buffers grow, and nodes lie behind the longest row.
     """
 
-    def __init__(self, rows: int):
+    def __init__(self, rows: int, capacity: int | None = None):
         self.lengths = [0] * rows
         self.rows = list(range(rows))  # the row in each slot
         self.active = rows
+        self.capacity = capacity
 
     @property
     def width(self) -> int:
@@ -42,31 +55,35 @@ class Columns:
         return max(self.lengths[: self.active], default=0)
 
     @property
+    def start(self) -> int:
+        """The first column of a pass's nodes."""
+        return self.width if self.capacity is None else self.capacity
+
+    @property
     def ragged(self) -> bool:
-        """Whether active rows differ in length."""
-        return len(set(self.lengths[: self.active])) > 1
+        """Whether some of the columns in front of the nodes hold nothing in some active row."""
+        return any(length != self.start for length in self.lengths[: self.active])
 
     def in_use(self, device: torch.device) -> torch.BoolTensor:
-        """bool [active, width]: context columns that hold an entry of their row."""
-        lengths = torch.tensor(self.lengths[: self.active], device=device)
-        return torch.arange(self.width, device=device) < lengths[:, None]
+        """bool [active, start]: context columns that hold an entry of their row."""
+        lengths = upload(self.lengths[: self.active], device)
+        return torch.arange(self.start, device=device) < lengths[:, None]
 
-    def keep(self, paths: Sequence[Sequence[int]]) -> torch.LongTensor | None:
+    def keep(self, paths: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
         """Makes nodes context.
 
         Args:
             paths: for each active slot the nodes that it keeps, ascending.
 
         Returns:
-            int64 [3, moves]: slot, column and new column of every entry that has to move; None if there are none.
+            slot, column and new column of every entry that has to move.
         """
-        width, moves = self.width, []
+        start, moves = self.start, []
         for slot, path in enumerate(paths):
             end = self.lengths[slot]
-            if width != end or not isinstance(path, range):
-                moves += [(slot, width + node, end + i) for i, node in enumerate(path) if width + node != end + i]
+            moves += [(slot, start + node, end + i) for i, node in enumerate(path) if start + node != end + i]
             self.lengths[slot] += len(path)
-        return torch.tensor(moves).T if moves else None
+        return moves
 
     def retire(self, slot: int) -> tuple[int, int]:
         """Takes a slot's row out of the passes: it changes places with the last active one.
@@ -85,106 +102,152 @@ class Columns:
 
 
 class KeyValueBuffer:
-    """Keys and values in one pair of tensors [rows, heads, capacity, head_dim] that grows geometrically.
+    """Keys and values in one pair of tensors [rows, ..., capacity, head_dim] that grows geometrically.
 
     A pass writes its own entries and reads a view: nothing else is copied.
 
     Args:
         limit: columns that are never exceeded; growth stops there.
+        fixed: the buffer has `limit` columns from the beginning, at one address.
     """
 
-    def __init__(self, limit: int | None = None):
+    def __init__(self, limit: int | None = None, fixed: bool = False):
         self.limit = limit
+        self.fixed = fixed
         self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.group: BufferGroup | None = None
 
     def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes [active, heads, columns, head_dim] each into the first rows, from column `start` on."""
+        """Writes [active, ..., columns, head_dim] each into the first rows, from column `start` on."""
         rows, end = keys.shape[0], start + keys.shape[-2]
-        if self.states is None or end > self.states[0].shape[-2]:
-            self._grow(end, keys, values)
+        self.reserve(end, keys, values)
         for states, new in zip(self.states, (keys, values), strict=True):
-            states[:rows, :, start:end] = new
+            states[:rows, ..., start:end, :] = new
 
     def view(self, rows: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `end` columns of the first rows, [rows, heads, end, head_dim] each."""
+        """The first `end` columns of the first rows, [rows, ..., end, head_dim] each."""
         keys, values = self.states
-        return keys[:rows, :, :end], values[:rows, :, :end]
+        return keys[:rows, ..., :end, :], values[:rows, ..., :end, :]
 
-    def move(self, moves: torch.LongTensor) -> None:
-        """Moves entries inside their row, as [`Columns.keep`] says."""
-        slots, sources, destinations = moves.to(self.states[0].device)
-        for states in self.states:
-            states[slots, :, destinations] = states[slots, :, sources]
+    def reserve(self, end: int, *like: torch.Tensor) -> None:
+        """Makes room for `end` columns of keys and values like these, [rows, ..., columns, head_dim]."""
+        if self.states is not None and end <= self.states[0].shape[-2]:
+            return
+        if self.group is not None:
+            self.group.grow(end)
+        else:
+            self.states = _grown(self.states, _capacity(end, self.limit, self.fixed), like)
+            if self.fixed:
+                for states in self.states:
+                    mark_static(states)
 
     def swap(self, slot: int, other: int, width: int) -> None:
         """Two rows change places, as far as they hold context."""
         if slot == other or self.states is None:
             return
         for states in self.states:
-            held = states[slot, :, :width].clone()
-            states[slot, :, :width] = states[other, :, :width]
-            states[other, :, :width] = held
-
-    def _grow(self, needed: int, *like: torch.Tensor) -> None:
-        capacity = max(_FIRST_CAPACITY, needed + needed // 2)
-        if self.limit is not None:
-            capacity = max(min(capacity, self.limit), needed)
-        old = self.states
-        rows = like[0].shape[0] if old is None else old[0].shape[0]
-        self.states = tuple(new.new_zeros(rows, new.shape[1], capacity, new.shape[-1]) for new in like)
-        if old is not None:
-            for states, before in zip(self.states, old, strict=True):
-                states[:, :, : before.shape[-2]] = before
+            held = states[slot, ..., :width, :].clone()
+            states[slot, ..., :width, :] = states[other, ..., :width, :]
+            states[other, ..., :width, :] = held
 
 
-class SpecialistCache:
-    """Keys and values of one specialist: the committed context, and behind it the nodes of the current round.
+def _capacity(needed: int, limit: int | None, fixed: bool = False) -> int:
+    if fixed:
+        return max(limit, needed)
+    capacity = max(_FIRST_CAPACITY, needed + needed // 2)
+    return capacity if limit is None else max(min(capacity, limit), needed)
+
+
+def _grown(
+    old: tuple[torch.Tensor, ...] | None, capacity: int, like: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Tensors of more columns that begin with the old ones, else with zeros."""
+    shapes = [states.shape for states in (like if old is None else old)]
+    states = tuple(
+        tensor.new_zeros(*shape[:-2], capacity, shape[-1]) for tensor, shape in zip(like, shapes, strict=True)
+    )
+    for new, before in zip(states, old or (), strict=False):
+        new[..., : before.shape[-2], :] = before
+    return states
+
+
+class BufferGroup:
+    """Buffers of one shape in one pair of tensors [buffers, rows, heads, capacity, head_dim], so that entries of all
+    of them move at once, not layer by layer.
 
     Args:
-        columns: shared by all specialists of a drafter.
+        buffers: with the same limit, filled.
     """
 
-    def __init__(self, columns: Columns):
-        self.columns = columns
-        self.num_nodes = 0
-        self.buffer = KeyValueBuffer()
+    def __init__(self, buffers: Sequence[KeyValueBuffer]):
+        self.buffers = buffers
+        first = buffers[0]
+        self.states: tuple[torch.Tensor, ...] | None = None
+        self._stack(_capacity(first.states[0].shape[-2], first.limit))
+        for buffer in buffers:
+            buffer.group = self
 
-    def append_nodes(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Adds rows of this round, [active, key_value_heads, nodes, head_dim] each."""
-        self.buffer.write(self.columns.width + self.num_nodes, keys, values)
-        self.num_nodes += keys.shape[-2]
+    def grow(self, needed: int) -> None:
+        self._stack(_capacity(needed, self.buffers[0].limit))
 
-    def keys_values(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of context and nodes, [active, key_value_heads, width + nodes, head_dim] each."""
-        return self.buffer.view(self.columns.active, self.columns.width + self.num_nodes)
+    def _stack(self, capacity: int) -> None:
+        old = [buffer.states for buffer in self.buffers]
+        stacked = []
+        for part in (0, 1):
+            like = old[0][part]
+            new = like.new_zeros(len(old), *like.shape[:-2], capacity, like.shape[-1])
+            for index, states in enumerate(old):
+                new[index, ..., : like.shape[-2], :] = states[part]
+            stacked.append(new)
+        self.states = tuple(stacked)
+        for index, buffer in enumerate(self.buffers):
+            buffer.states = tuple(states[index] for states in self.states)
 
-    def drop_nodes(self) -> None:
-        self.num_nodes = 0
+
+def move_entries(
+    tensors: Sequence[torch.Tensor],
+    slots: torch.LongTensor,
+    sources: torch.LongTensor,
+    destinations: torch.LongTensor,
+) -> None:
+    """Moves entries inside their row, in place.
+
+    Args:
+        tensors: keys or values [..., rows, heads, columns, head_dim].
+        slots, sources, destinations: int64 [moves], as [`Columns.keep`] says.
+    """
+    for states in tensors:
+        if states.shape[-4] == 1:
+            states.index_copy_(-2, destinations, states.index_select(-2, sources))
+        else:
+            states[..., slots, :, destinations, :] = states[..., slots, :, sources, :]
 
 
 class _VerifyingLayer(DynamicLayer):
-    """A layer of a target's cache that keeps every entry, writes behind the width of its rows and hands out views."""
+    """A layer of a target's cache that keeps every entry, writes at the columns of a pass and hands out views."""
 
-    def __init__(self, columns: Columns, limit: int | None, original: CacheLayerMixin | None = None):
+    def __init__(self, columns: Columns, buffer: KeyValueBuffer, original: CacheLayerMixin | None = None):
         super().__init__()
         self.columns = columns
-        self.buffer = KeyValueBuffer(limit)
-        if original is not None and original.is_initialized and original.get_seq_length():
+        self.buffer = buffer
+        held = int(original.get_seq_length()) if original is not None and original.is_initialized else 0
+        if held:
             # A window layer has let its oldest entries go; their columns stay empty, hidden by the window.
-            start = original.get_seq_length() - original.keys.shape[-2]
-            self.buffer.write(start, original.keys, original.values)
+            columns_held = min(held, original.keys.shape[-2])
+            keys, values = (states[:, :, :columns_held] for states in (original.keys, original.values))
+            self.buffer.write(held - columns_held, keys, values)
             self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        width = self.columns.width
-        self.buffer.write(width, key_states, value_states)
+        start = self.columns.start
+        self.buffer.write(start, key_states, value_states)
         self.is_initialized = True
-        return self.buffer.view(key_states.shape[0], width + key_states.shape[-2])
+        return self.buffer.view(key_states.shape[0], start + key_states.shape[-2])
 
     def get_seq_length(self) -> int:
-        return self.columns.width
+        return self.columns.start
 
 
 class TargetCache:
@@ -195,9 +258,11 @@ class TargetCache:
     Windows are kept whole meanwhile: a layer with a window holds every entry until the call ends.
 
     Args:
-        cache: dynamic, empty or filled with the same number of entries in every row.
+        cache: dynamic or static, empty or filled with the same number of entries in every row.
         rows: rows of the batch.
         limit: columns that are never exceeded.
+        buffers: for its layers, if shapes are fixed.
+        outlives: somebody sees the cache after the call, so it is to be filled.
 
     Attributes:
         windows: by layer the tokens that it keeps outside of the block, None for all.
@@ -206,18 +271,27 @@ class TargetCache:
         ValueError: if a layer of the cache cannot be rolled back, or its rows are not the batch's.
     """
 
-    def __init__(self, cache: Cache, rows: int, limit: int | None = None):
+    def __init__(
+        self,
+        cache: Cache,
+        rows: int,
+        limit: int | None = None,
+        buffers: Sequence[KeyValueBuffer] | None = None,
+        outlives: bool = True,
+    ):
         self.cache = cache
+        self.outlives = outlives
         self.columns = Columns(rows)
-        filled = cache.get_seq_length()
-        self.columns.lengths = [filled] * rows
-        self._make = functools.partial(_VerifyingLayer, self.columns, limit)
+        self.columns.lengths = [int(cache.get_seq_length())] * rows
+        self.limit = limit
+        self.buffers = buffers
+        self._holders: Sequence[BufferGroup | KeyValueBuffer] | None = None
         self._check(rows)
         self.windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
 
     def _check(self, rows: int) -> None:
         for layer in self.cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not is_placeholder(layer):
+            if type(layer) not in _LAYERS and not is_placeholder(layer):
                 raise ValueError(
                     f"The cache has a {type(layer).__name__}, which rejected drafts cannot be taken out of. Pass a "
                     "`DynamicCache`, or leave out `past_key_values` and `cache_implementation`; if the target makes "
@@ -234,8 +308,9 @@ class TargetCache:
     def lend(self) -> Iterator["TargetCache"]:
         cache = self.cache
         originals, made_by = list(cache.layers), cache.layer_class_to_replicate
+        buffers = iter(() if self.buffers is None else self.buffers)
         cache.layers = [
-            self._make(layer) if isinstance(layer, DynamicLayer) else layer for layer in originals
+            self._make(next(buffers, None), layer) if type(layer) in _LAYERS else layer for layer in originals
         ]  # layers that share others' keys stay
         if made_by is not None:
             cache.layer_class_to_replicate = self._make
@@ -247,8 +322,11 @@ class TargetCache:
             raise
         finally:
             cache.layers, cache.layer_class_to_replicate = originals, made_by
-            if finished is not None:
+            if finished is not None and self.outlives:
                 self._fill(originals, finished)
+
+    def _make(self, buffer: KeyValueBuffer | None = None, original: CacheLayerMixin | None = None) -> _VerifyingLayer:
+        return _VerifyingLayer(self.columns, KeyValueBuffer(self.limit) if buffer is None else buffer, original)
 
     def _fill(self, originals: list[CacheLayerMixin], layers: list[CacheLayerMixin]) -> None:
         """Puts what the layers hold, in the batch's order, into those that the cache came with."""
@@ -268,12 +346,17 @@ class TargetCache:
             if not in_order:
                 keys, values = (states.index_select(0, order.to(states.device)) for states in (keys, values))
             original = originals[index]
-            original.keys = original.values = None
-            original.is_initialized = False
-            if isinstance(original, DynamicSlidingWindowLayer):
-                original.cumulative_length = 0
+            if isinstance(original, StaticLayer):
+                if original.is_initialized:
+                    original.reset()
+            else:
+                original.keys = original.values = None
+                original.is_initialized = False
+                if isinstance(original, DynamicSlidingWindowLayer):
+                    original.cumulative_length = 0
             original.update(keys, values)
-            layer.buffer.states = None
+            if self.buffers is None:
+                layer.buffer.states = None  # layer by layer, so that not all are held twice
 
     def commit(self, entries: int) -> None:
         """The last pass, the same number of entries in every row, was no draft.
@@ -288,12 +371,45 @@ class TargetCache:
             )
         self.columns.keep([range(entries)] * self.columns.active)
 
-    def keep_paths(self, paths: Sequence[Sequence[int]]) -> None:
-        """Keeps of the last pass the nodes on one path a slot; nothing but these entries is copied."""
+    def keep_paths(
+        self, paths: Sequence[Sequence[int]], move: Callable[..., None] | None = None, count: int | None = None
+    ) -> None:
+        """Keeps of the last pass the nodes on one path a slot; nothing but these entries is copied.
+
+        Args:
+            paths: ascending, for each active slot.
+            move: how entries move, [`move_entries`] by default.
+            count: as many entries move in any case, those behind a shorter list to where they are.
+        """
+        start = self.columns.start
         moves = self.columns.keep(paths)
-        if moves is not None:
-            for layer in self._layers():
-                layer.buffer.move(moves)
+        if count is not None:
+            moves += [(0, start, start)] * (count - len(moves))
+        if not moves:
+            return
+        tensors: dict[torch.device, list[torch.Tensor]] = {}
+        for holder in self._together():
+            for states in holder.states:
+                tensors.setdefault(states.device, []).append(states)
+        for device, there in tensors.items():
+            (move or move_entries)(there, *upload(list(zip(*moves, strict=True)), device).unbind())
+
+    def _together(self) -> Sequence["BufferGroup | KeyValueBuffer"]:
+        """What holds the layers' entries. Buffers of one shape are brought together once, when the prompt is read,
+        unless they have to stay where they are."""
+        if self._holders is None:
+            self._holders = [layer.buffer for layer in self._layers()]
+            if self.buffers is None:
+                by_shape: dict[tuple, list[KeyValueBuffer]] = {}
+                for buffer in self._holders:
+                    kind = tuple((states.shape, states.dtype, states.device) for states in buffer.states)
+                    by_shape.setdefault(kind, []).append(buffer)
+                self._holders = [
+                    BufferGroup(alike[first : first + _GROUP])
+                    for alike in by_shape.values()
+                    for first in range(0, len(alike), _GROUP)
+                ]
+        return self._holders
 
     def retire(self, slot: int) -> None:
         """Takes a finished row out of the passes; its entries stay."""

@@ -1,21 +1,23 @@
 """Depth-routed drafting: draft position k runs specialist s(k) on the features of position k - 1."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import AssistedCandidateGenerator
 from transformers.utils import ModelOutput, logging
 
-from .caches import Columns, SpecialistCache
+from .caches import Columns, KeyValueBuffer
 from .compatibility import device_of, input_device
 from .configuration_poss import eos_token_ids
-from .draft_tree import DraftTree, DraftTreeBuilder
+from .draft_planner import RoundPlan
+from .draft_tree import DraftTree, choose_nodes, rank_candidates
 from .features import hidden_states_wanted, select_features
-from .modeling_poss import PosSModel, RotaryAngles, TargetReference
+from .modeling_poss import PosSModel, TargetReference
+from .static_rounds import round_functions
+from .transfers import upload
 
 
 __all__ = ["DraftSettings", "PosSCandidateGenerator", "prompt_entries"]
@@ -26,6 +28,9 @@ logger = logging.get_logger(__name__)
 CPU_TOP_K = 6
 CPU_TOTAL_TOKENS = 20
 
+# Context entries that are made at a time.
+CHUNK = 2048
+
 
 @dataclass(frozen=True)
 class DraftSettings:
@@ -35,44 +40,65 @@ class DraftSettings:
         depth: draft positions, 1 or more (`num_assistant_tokens`).
         top_k: branches a node (`draft_top_k`); 1 is a chain.
         total_tokens: nodes verified a round, the root included (`draft_total_tokens`), 2 or more.
+        auto_depth: `depth` is the most that is tried, and each round takes what pays.
+        auto_nodes: likewise, of `total_tokens`.
     """
 
     depth: int
     top_k: int
     total_tokens: int
+    auto_depth: bool = False
+    auto_nodes: bool = False
 
     @classmethod
-    def of(cls, poss: PosSModel, device: torch.device | str) -> "DraftSettings":
+    def of(cls, poss: PosSModel, device: torch.device | str, auto: bool = True) -> "DraftSettings":
         """The knobs of `poss.generation_config`, with defaults where they are None.
 
         On an accelerator the defaults are EAGLE-2's tree: verifying 60 nodes costs it about as much as
-        verifying one.
+        verifying one. "auto" tries up to twice as many, and up to twice the trained depth: where a drafter is sure,
+        the last specialist still pays there. Without `auto`, it stands for the default.
 
         Raises:
-            ValueError: if a knob is no integer or too small.
+            ValueError: if a knob is neither an integer nor, where that is possible, "auto"; or too small.
         """
-        knobs = poss.generation_config
+        knobs, config = poss.generation_config, poss.config
         on_cpu = torch.device(device).type == "cpu"
-        values = {
-            "num_assistant_tokens": (getattr(knobs, "num_assistant_tokens", None), poss.config.num_draft_positions, 1),
-            "draft_top_k": (getattr(knobs, "draft_top_k", None), CPU_TOP_K if on_cpu else 10, 1),
-            "draft_total_tokens": (getattr(knobs, "draft_total_tokens", None), CPU_TOTAL_TOKENS if on_cpu else 60, 2),
+        nodes = CPU_TOTAL_TOKENS if on_cpu else 60
+        defaults = {  # the default, the least, the most that "auto" tries
+            "num_assistant_tokens": (config.num_draft_positions, 1, 2 * config.num_draft_positions),
+            "draft_top_k": (CPU_TOP_K if on_cpu else 10, 1, None),
+            "draft_total_tokens": (nodes, 2, 2 * nodes),
         }
-        chosen = []
-        for name, (value, default, least) in values.items():
-            value = default if value is None else value
+        chosen, automatic = [], []
+        for name, (default, least, most) in defaults.items():
+            value = getattr(knobs, name, None)
+            value = default if value is None or (value == "auto" and most is not None and not auto) else value
+            automatic.append(value == "auto" and most is not None)
+            value = most if automatic[-1] else value
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 reason = " (the root and one drafted token)" if name == "draft_total_tokens" else ""
+                other = "" if most is None else ', "auto"'
                 raise ValueError(
-                    f"`poss.generation_config.{name}` is {value!r}; expected an integer of {least} or more{reason}, "
-                    "or None for the default."
+                    f"`poss.generation_config.{name}` is {value!r}; expected an integer of {least} or more{reason}"
+                    f"{other}, or None for the default."
                 )
             chosen.append(value)
-        return cls(*chosen)
+        depth, top_k, total_tokens = chosen
+        top_k = min(top_k, config.draft_vocab_size or config.vocab_size)
+        auto_depth, _, auto_nodes = automatic
+        return cls(depth, top_k, total_tokens, auto_depth, auto_nodes)
+
+    @property
+    def is_auto(self) -> bool:
+        return self.auto_depth or self.auto_nodes
 
     @property
     def is_chain(self) -> bool:
         return self.top_k == 1
+
+    def most_nodes(self, depth: int) -> int:
+        """Nodes of the largest tree of `depth` levels: the root's children, then those of `top_k` nodes a level."""
+        return min(self.total_tokens, 1 + self.top_k + (depth - 1) * self.top_k**2)
 
     def up_to(self, depth: int) -> "DraftSettings":
         """These settings, no deeper than `depth`; a chain has a node a position, whatever `total_tokens` says."""
@@ -102,6 +128,7 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         model_kwargs: of the `generate` call.
         target: the model that `generate` runs on; its embedding and head are used.
         inputs_tensor, logits_processor: as in the base class; a draft does not need them.
+        compile_settings: arguments of `torch.compile` for rounds of fixed shapes; None to compile nothing.
 
     Raises:
         ValueError: if the specialists do not fit the target, or a drafting knob is wrong.
@@ -118,6 +145,7 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         target: PreTrainedModel,
         inputs_tensor: torch.Tensor | None = None,
         logits_processor: LogitsProcessorList | None = None,
+        compile_settings: dict[str, Any] | None = None,
     ):
         super().__init__(input_ids, assistant_model, generation_config, model_kwargs, inputs_tensor, logits_processor)
         self.reference = TargetReference.from_target(target, assistant_model.config)
@@ -137,9 +165,12 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         }
         self.eos_token_ids = eos_token_ids(generation_config)
 
+        self.device = assistant_model.device
         self.columns = Columns(input_ids.shape[0])
-        self.caches = [SpecialistCache(self.columns) for _ in assistant_model.layers]
+        self.buffer = KeyValueBuffer()  # of all specialists, [rows, specialists, key_value_heads, columns, head_dim]
+        self.functions = round_functions(target, assistant_model, self.reference, self.head, compile_settings)
         self.query: torch.Tensor | None = None  # fused input of each slot's last entry, [active, 1, hidden]
+        self._places: _Places | None = None
         self.prompt_mask = model_kwargs.get("attention_mask")
 
     # ---- The contract of transformers' assisted decoding ----
@@ -191,104 +222,174 @@ class PosSCandidateGenerator(AssistedCandidateGenerator):
         return select_features(outputs.hidden_states, self.feature_layers)
 
     def extend_context(
-        self, features: torch.Tensor, next_tokens: torch.LongTensor, counts: Sequence[int] | None = None
+        self,
+        features: torch.Tensor,
+        next_tokens: torch.LongTensor,
+        counts: Sequence[int] | None = None,
+        chunk: int | None = None,
     ) -> None:
         """Commits the tokens whose features the target has just computed.
 
-        Costs `fc`, key and value projections an entry and specialist, nothing else.
+        Costs `fc` and one product for all keys and values an entry, nothing else. Prompts are taken in chunks, so that
+        what a chunk needs does not grow with them.
 
         Args:
             features: [active, entries, feature size] of the target.
             next_tokens: int64 [active, entries], the token that follows each.
             counts: for each slot how many of its entries count, the first ones; all if None.
+            chunk: entries that are made at a time, a divisor of them where shapes are fixed.
 
         Raises:
             ValueError: if the target's features are not finite; asked of the first ones only.
         """
-        poss, columns = self.assistant_model, self.columns
+        chunk = chunk or CHUNK
         rows, entries = features.shape[:2]
         if self.query is None and not torch.isfinite(features).all():
             raise ValueError(
                 "The target's hidden states hold NaN or infinite values, so nothing can be drafted from them. "
                 "Run the target in bfloat16 or float32, and check its weights."
             )
-        features = poss.project(features.to(device=poss.device, dtype=poss.dtype))
-        fused = poss.fuse(self.reference.embed(next_tokens, like=features), features)
-        first = torch.tensor(columns.lengths[:rows], device=fused.device)[:, None]
-        rotary = poss.rotary(fused, first + torch.arange(entries, device=fused.device))
-        for layer, cache in zip(poss.layers, self.caches, strict=True):
-            cache.append_nodes(*layer.keys_values(fused, rotary))
-            cache.drop_nodes()
-        moves = columns.keep([range(count) for count in counts or [entries] * rows])
-        if moves is not None:
-            for cache in self.caches:
-                cache.buffer.move(moves)
-        if counts is None:
-            self.query = fused[:, -1:]
-        else:
-            self.query = fused[torch.arange(rows), torch.tensor(counts) - 1][:, None]
+        counts = [entries] * rows if counts is None else counts
+        next_tokens = next_tokens.to(self.device)
+        for start in range(0, entries, chunk):
+            end = min(start + chunk, entries)
+            taken = [min(max(count - start, 0), end - start) for count in counts]
+            self.query = self._extend(features[:, start:end], next_tokens[:, start:end], taken)
+
+    def _extend(self, features: torch.Tensor, next_tokens: torch.LongTensor, counts: Sequence[int]) -> torch.Tensor:
+        """Commits a chunk; returns the fused input of each slot's last entry, [active, 1, hidden]."""
+        columns = self.columns
+        rows, entries = next_tokens.shape
+        lengths = columns.lengths[:rows]
+        there = upload(lengths, self.device)
+        self._reserve(max(lengths) + entries)
+        states, where = self.buffer.states, there[:, None] + torch.arange(entries, device=self.device)
+        if columns.capacity is None:
+            states = tuple(part[:rows] for part in states)
+            if min(lengths) == max(lengths):
+                where = slice(lengths[0], lengths[0] + entries)
+        else:  # a chunk of a longer run has strides of its own, for which there is no graph
+            features, next_tokens = features.contiguous(), next_tokens.contiguous()
+        commit = self.functions.passes.commit if columns.capacity is None else self.functions.commit
+        fused = commit(features, next_tokens, there, states, where)
+        columns.lengths[:rows] = [length + count for length, count in zip(lengths, counts, strict=True)]
+        if min(counts) == entries:
+            # Of its own strides, and not a view that keeps a whole prompt.
+            return fused[:, -1:].clone(memory_format=torch.contiguous_format)
+        last = upload([max(count - 1, 0) for count in counts], self.device)
+        newest = fused[torch.arange(rows, device=self.device), last][:, None]
+        if min(counts) > 0:
+            return newest
+        idle = upload([count == 0 for count in counts], self.device).bool()
+        return torch.where(idle[:, None, None], self.query[:rows], newest)
+
+    def _reserve(self, end: int) -> None:
+        """Makes room for `end` columns."""
+        config = self.assistant_model.config
+        shape = (len(self.columns.lengths), config.num_specialists, config.num_key_value_heads, 0, config.head_dim)
+        like = torch.empty(shape, dtype=self.assistant_model.dtype, device=self.device)
+        self.buffer.reserve(end, like, like)
 
     def retire(self, slot: int) -> None:
         """Gives up the slot of a finished row; the caller extends the context of the others next."""
         width = max(self.columns.lengths)
         slot, last = self.columns.retire(slot)
-        for cache in self.caches:
-            cache.buffer.swap(slot, last, width)
+        self.buffer.swap(slot, last, width)
 
-    def draft(self, root_tokens: torch.LongTensor, settings: DraftSettings) -> DraftTree:
+    def draft(
+        self,
+        root_tokens: torch.LongTensor,
+        settings: DraftSettings,
+        enter: Callable[[str, int], None] = lambda part, position: None,
+        plan: RoundPlan | None = None,
+    ) -> DraftTree:
         """A tree below the newest token of every active row; with one branch, a chain.
 
         Args:
             root_tokens: int64 [active], the newest tokens, committed by `extend_context`.
             settings: depth, branches and size.
+            enter: told when a part of the work begins: "passes" with a draft position, and "tree".
+            plan: decides how far to go, and how many nodes are worth a verification; else `settings` do. Where it has
+                not decided ahead, it waits for the device once a pass.
         """
-        poss: PosSModel = self.assistant_model
-        device = self.query.device
-        builder = DraftTreeBuilder(root_tokens.to(device), settings.top_k, self.head.vocabulary)
-        rows = self.columns.active
-        first = torch.tensor(self.columns.lengths[:rows], device=device)[:, None] - 1  # of each row's last entry
-        cos, sin = poss.rotary(
-            self.query, first + torch.arange(settings.depth, device=device)
-        )  # [active, depth, head_dim], one a draft position
+        root_tokens = root_tokens.to(self.device)
+        config, columns, rows = self.assistant_model.config, self.columns, self.columns.active
+        depth, top_k = settings.depth, settings.top_k
+        fixed, start = columns.capacity is not None, columns.start
+        lengths = upload(columns.lengths[:rows], self.device)
+        places = self._places_of(depth, top_k)
+        self._reserve(start + depth * top_k)
+        states = self.buffer.states
+        if not fixed:
+            states = tuple(part[:rows, ..., : start + depth * top_k, :] for part in states)
+        beyond = None  # [active, 1, start], added to the scores of context: -inf behind the end of a row
+        if columns.ragged:
+            beyond = _additive(columns.in_use(self.device), self.query.dtype)[:, None]
+        # Of fixed width, all passes are one graph; the first has one node and others that are none.
+        width = top_k if fixed else 1
+        frontier, (cos, sin) = self.functions.root(self.query[:rows], lengths, depth, width, depth * top_k)
+        levels = []
+        last = depth if plan is None else min(depth, plan.depth)
+        for position in range(1, last + 1):
+            enter("passes", position)
+            first = start + (position - 1) * top_k
+            if fixed:
+                where = start + places.columns[position - 1]
+            else:
+                where = slice(first, first + top_k) if position > 1 else None
+            specialist = config.specialist_index(position)
+            children, frontier = self.functions.expand[specialist](
+                specialist,
+                frontier,
+                (cos[:, position - 1 : position], sin[:, position - 1 : position]),
+                states,
+                where,
+                places.own[min(position, depth - 1)],
+                beyond,
+                top_k,
+                last=position == last and not fixed,
+                end=None if fixed else config.specialist_index(depth) + 1,
+            )
+            levels.append(children)
+            if plan is not None and plan.size is None:
+                best = children.scores.topk(min(top_k, children.scores.shape[1])).values
+                if not plan.deepen(best.tolist()):
+                    break
+        enter("tree", 0)
+        # Nodes that are none come last.
+        most = settings.most_nodes(len(levels))
+        if plan is None:
+            candidates = self.functions.rank_candidates(levels, top_k, most - 1)
+            return self.functions.choose_nodes(root_tokens, candidates, most)
+        candidates = rank_candidates(levels, top_k, most - 1)
+        size = plan.size
+        if size is None:
+            size = plan.nodes(candidates.scores.tolist(), candidates.depths.tolist())
+        if size == 1:
+            return DraftTree.of_roots(root_tokens)
+        tree = choose_nodes(root_tokens, candidates, min(size, most))
+        tree.ranked = candidates.scores, candidates.depths
+        return tree
 
-        # Both are added to scores: 0 where an entry is seen, -inf where not.
-        beyond: torch.Tensor | None = None  # [active, 1, width], columns behind the end of a row
-        if self.columns.ragged:
-            beyond = _additive(self.columns.in_use(device), self.query.dtype)[:, None]
-        hidden = self.query.new_zeros(rows, 1, 0)  # [active, frontier, nodes so far], by ancestry
-        nodes: list[tuple[torch.Tensor, RotaryAngles]] = []  # fused input and angles by level
-        fused, rotary = self.query, (cos[:, :1], sin[:, :1])
-        for position in range(1, settings.depth + 1):
-            layer = poss.specialist(position)
-            cache = self.caches[poss.config.specialist_index(position)]
-            if new := nodes[self._levels_held(cache, nodes) :]:
-                cache.append_nodes(*layer.keys_values(*_joined(new)))
-            attended = _attend(layer.queries(fused, rotary), *cache.keys_values(), beyond, hidden)
-            features = layer.complete(fused, attended)  # [active, frontier, hidden]
-            frontier = builder.grow(self.head.logits(features))
-            if position == settings.depth:
-                break
-            features = features.gather(1, frontier.parents[:, :, None].expand(-1, -1, features.shape[-1]))
-            fused = poss.fuse(self.reference.embed(frontier.tokens, like=features), features)
-            width = fused.shape[1]
-            rotary = tuple(angle[:, position : position + 1].expand(-1, width, -1) for angle in (cos, sin))
-            nodes.append((fused, rotary))
-            own = _additive(torch.eye(width, dtype=torch.bool, device=device), fused.dtype).expand(rows, -1, -1)
-            ancestors = hidden.gather(1, frontier.parents[:, :, None].expand(-1, -1, hidden.shape[-1]))
-            hidden = torch.cat((ancestors, own), dim=-1)
-        for cache in self.caches:
-            cache.drop_nodes()
-        return builder.build(settings.total_tokens)
+    def _places_of(self, depth: int, top_k: int) -> "_Places":
+        if self._places is None or self._places.columns.shape != (depth, top_k):
+            columns = torch.arange(depth * top_k, device=self.device)
+            own = _additive(columns[:, None] == columns, self.query.dtype)
+            self._places = _Places(columns.view(depth, top_k), own.view(depth, top_k, -1))
+        return self._places
 
-    @staticmethod
-    def _levels_held(cache: SpecialistCache, nodes: list[tuple[torch.Tensor, RotaryAngles]]) -> int:
-        """Levels of this round whose keys a specialist has already: it made them at an earlier depth of its span."""
-        held = 0
-        for level, (fused, _) in enumerate(nodes):
-            held += fused.shape[1]
-            if held > cache.num_nodes:
-                return level
-        return len(nodes)
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the nodes of a draft lie, by level: the root's, which stays empty, and those below it.
+
+    Args:
+        columns: int64 [depth, top_k], behind the context.
+        own: [depth, top_k, depth * top_k], added to scores: 0 at a node's own column, -inf elsewhere.
+    """
+
+    columns: torch.LongTensor
+    own: torch.Tensor
 
 
 def prompt_entries(mask: torch.Tensor | None, features: torch.Tensor) -> list[Sequence[int]]:
@@ -308,41 +409,6 @@ def prompt_entries(mask: torch.Tensor | None, features: torch.Tensor) -> list[Se
 
 def _additive(seen: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
-
-
-def _joined(levels: list[tuple[torch.Tensor, RotaryAngles]]) -> tuple[torch.Tensor, RotaryAngles]:
-    """Fused inputs and angles of several levels, one behind the other."""
-    if len(levels) == 1:
-        return levels[0]
-    fused, angles = zip(*levels, strict=True)
-    cos, sin = zip(*angles, strict=True)
-    return torch.cat(fused, dim=1), (torch.cat(cos, dim=1), torch.cat(sin, dim=1))
-
-
-def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, beyond: torch.Tensor | None, hidden: torch.Tensor
-) -> torch.Tensor:
-    """Attention [active, heads, frontier, head_dim] of a frontier on its row's context, and on nodes.
-
-    Heads that share keys become rows: the keys are not repeated for them.
-
-    Args:
-        query: [active, heads, frontier, head_dim].
-        keys, values: [active, key_value_heads, width + nodes, head_dim].
-        beyond: [active, 1, width], added to the scores of context; None where all of it is seen.
-        hidden: [active, frontier, nodes], added to the scores of nodes.
-    """
-    active, heads, frontier = query.shape[:3]
-    groups = keys.shape[1]
-    mask = None
-    if beyond is not None:
-        mask = torch.cat((beyond.expand(-1, frontier, -1), hidden), dim=-1)
-    elif hidden.shape[-1]:
-        mask = F.pad(hidden, (keys.shape[-2] - hidden.shape[-1], 0))
-    if mask is not None:
-        mask = mask.repeat(1, heads // groups, 1)[:, None]
-    rows = query.reshape(active, groups, heads // groups * frontier, -1)
-    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask).view(active, heads, frontier, -1)
 
 
 def _until_eos(drafted: torch.LongTensor, eos_token_ids: list[int]) -> torch.LongTensor:

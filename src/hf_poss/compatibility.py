@@ -15,7 +15,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    cache_utils,
+)
 from transformers.cache_utils import Cache
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.generation import PrefixConstrainedLogitsProcessor
@@ -33,6 +40,8 @@ __all__ = [
     "bare_copy",
     "check_trainer",
     "commit_of",
+    "compile_everywhere",
+    "compile_settings",
     "custom_generate_source",
     "device_of",
     "input_device",
@@ -42,6 +51,7 @@ __all__ = [
     "is_plain_linear",
     "keeps_state",
     "mark_as_own",
+    "mark_static",
     "original_method",
     "outlives_call",
     "peft_arguments",
@@ -229,11 +239,22 @@ def is_placeholder(layer: Any) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a matrix at hand and nothing else: no hook, adapter, shard, packed or offloaded weight."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks or not _runs_own_forward(module)
     if type(module) is not nn.Linear or hooks:
         return False
     weight = module.weight
     return type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.is_meta
+
+
+def _runs_own_forward(module: nn.Module) -> bool:
+    """Whether calls reach the `forward` of the module's class; accelerate may bring inputs to its device before."""
+    if "forward" not in vars(module):
+        return True
+    hook = getattr(module, "_hf_hook", None)
+    moves = all(
+        type(hook).__name__ == "AlignDevicesHook" and not hook.offload for hook in getattr(hook, "hooks", (hook,))
+    )
+    return moves and getattr(module._old_forward, "__func__", None) is type(module).forward
 
 
 def bare_copy(module: nn.Module, parameters: dict[str, nn.Parameter]) -> nn.Module:
@@ -265,6 +286,33 @@ def peft_arguments(target: PreTrainedModel) -> dict[str, Any]:
 def attention_of(config: PreTrainedConfig) -> str:
     """The attention implementation that a text config asks for: "eager", "sdpa", "flash_attention_2"..."""
     return config._attn_implementation
+
+
+def compile_everywhere(config: CompileConfig) -> CompileConfig:
+    """Makes `generate` compile on devices too where transformers leaves it, CPUs above all; returns the config."""
+    config._compile_all_devices = True
+    return config
+
+
+def compile_settings(
+    target: PreTrainedModel, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Arguments of `torch.compile` with which a call without drafts would compile its steps; None if it would not."""
+    if not target._valid_auto_compile_criteria(model_kwargs, generation_config):
+        return None
+    config = generation_config.compile_config or target._default_compile_config()
+    if target.get_compiled_call(config) == target.__call__:  # families that transformers leaves out
+        return None
+    settings = config.to_dict()
+    # Shapes are the same in every round. Left open, torch.compile takes a second size for a sign that any may come.
+    if settings.get("dynamic") is None:
+        settings["dynamic"] = False
+    return settings
+
+
+def mark_static(tensor: torch.Tensor) -> None:
+    """Tells torch.compile that a tensor stays at its address, so that CUDA graphs may write into it."""
+    torch._dynamo.mark_static_address(tensor)
 
 
 # Kinds of layers, by transformers' names, with a state beside or in place of keys and values.

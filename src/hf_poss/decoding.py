@@ -1,6 +1,10 @@
 """The decoding loop: draft below every row, verify all in one pass of the target, walk; until all rows end."""
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,24 +15,45 @@ from transformers.utils import logging
 
 from .caches import Columns, TargetCache
 from .candidate_generator import DraftSettings, PosSCandidateGenerator, prompt_entries
-from .compatibility import input_device, outlives_call, plain_decoding, sequences_left, tensor_parallel_group
+from .compatibility import (
+    compile_settings,
+    input_device,
+    outlives_call,
+    plain_decoding,
+    sequences_left,
+    tensor_parallel_group,
+)
 from .configuration_poss import eos_token_ids
 from .context_memory import CachedFeatures, FeatureHistory, recall
+from .draft_planner import DraftPlanner, RoundPlan, planner_for
 from .draft_tree import DraftTree
 from .limits import check_memory, check_positions, rope_obstacle
 from .modeling_poss import PosSModel, adapter_obstacle
 from .outputs import RowOutputs, stacked
+from .pending_context import PendingContext
 from .prompt import Prompt, columns_of
 from .ranks import Ranks
+from .round_costs import CostKey, RoundCosts, context_bucket, known_costs, measure_curve
 from .row_processors import processors_by_row
+from .static_rounds import StaticBuffers, bucket, is_static
 from .statistics import CallRecord, recorded_call
-from .verification import StopCheck, TokenPicker, TokenRows, Walk, walk_all
-from .verifier import Verifier
+from .transfers import read_together, upload
+from .verification import StopCheck, TokenPicker, TokenRows, Walk, confirmed_paths, greedy_picks, walk_all
+from .verifier import Verifier, mask_obstacle
 
 
 __all__ = ["decode"]
 
 logger = logging.get_logger(__name__)
+
+# Sizes of verification that are timed, and, where each is compiled, the only ones.
+NODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96)
+STATIC_SIZES = (1, 8, 16, 32, 64)
+
+_DRAFTS_TIMED = 5
+
+# Tokens that the specialists are not told of while nothing is drafted.
+MOST_PENDING = 512
 
 
 @torch.no_grad()
@@ -61,6 +86,9 @@ def decode(
     rows, config = input_ids.shape[0], generation_config
     prompt = Prompt.of(target, input_ids, config, model_kwargs)
     obstacle = adapter_obstacle(target) or rope_obstacle(target, prompt.first_length, config.max_length)
+    static = is_static(model_kwargs["past_key_values"])
+    if obstacle is None and static:
+        obstacle = mask_obstacle(target)
     if obstacle is not None:
         logger.warning_once(f"Decoding without drafts: {obstacle}.")
         return plain_decoding(target)(
@@ -75,6 +103,12 @@ def decode(
 
     device = input_device(target)
     settings = DraftSettings.of(assistant_model, device)
+    if settings.is_auto and (synced_gpus or tensor_parallel_group(target) is not None):
+        logger.warning_once(
+            "'auto' chooses by the clock of a process, and several have to choose alike here: the default sizes of "
+            "drafts are used."
+        )
+        settings = DraftSettings.of(assistant_model, device, auto=False)
     verifier = Verifier.of(target, settings, config, rows)
     if not verifier.takes_trees:
         settings = replace(settings, top_k=1)
@@ -83,15 +117,31 @@ def decode(
     check_memory(target, first.depth, first.top_k, first.total_tokens, rows, input_ids.shape[1])
 
     drafter = PosSCandidateGenerator(
-        input_ids, assistant_model, config, model_kwargs, target, inputs_tensor, logits_processor
+        input_ids,
+        assistant_model,
+        config,
+        model_kwargs,
+        target,
+        inputs_tensor,
+        logits_processor,
+        compile_settings(target, config, model_kwargs) if static else None,
     )
     widest = max(settings.total_tokens, settings.depth + 1)
-    cache = TargetCache(model_kwargs["past_key_values"], rows, prompt.hidden + config.max_length + widest)
+    limit = prompt.hidden + config.max_length + widest
     specialists = assistant_model.config
-    with (
-        recorded_call(specialists.positions_per_specialist, specialists.num_specialists, device, rows) as record,
-        cache.lend(),
-    ):
+    with contextlib.ExitStack() as stack:
+        buffers = stack.enter_context(_fixed(target, drafter, settings, model_kwargs, rows, limit)) if static else None
+        cache = TargetCache(
+            model_kwargs["past_key_values"],
+            rows,
+            limit,
+            None if buffers is None else buffers.layers,
+            outlives=outlives_call(model_kwargs["past_key_values"], config),
+        )
+        record = stack.enter_context(
+            recorded_call(specialists.positions_per_specialist, specialists.num_specialists, device, rows)
+        )
+        stack.enter_context(cache.lend())
         ranks = Ranks(tensor_parallel_group(target))
         pad = config.pad_token_id if config.pad_token_id is not None else next(iter(eos_token_ids(config)), 0)
         text = TokenRows(input_ids, pad)
@@ -112,7 +162,23 @@ def decode(
                 strict=True,
             )
         ]
-        loop = _Loop(target, drafter, settings, verifier, prompt, cache, text, stop, pickers, ranks, record, streamer)
+        capacity = None if buffers is None else buffers.capacity
+        loop = _Loop(
+            target,
+            drafter,
+            settings,
+            verifier,
+            prompt,
+            cache,
+            text,
+            stop,
+            pickers,
+            ranks,
+            record,
+            streamer,
+            capacity,
+            _planner(target, assistant_model, settings) if settings.is_auto else None,
+        )
         outputs = loop.run(input_ids, model_kwargs, config, synced_gpus)
 
     length = stop.limit
@@ -129,6 +195,44 @@ def decode(
         hidden_states=outputs.hidden_states(steps),
         attentions=outputs.attentions(steps),
         past_key_values=model_kwargs["past_key_values"],
+    )
+
+
+@contextlib.contextmanager
+def _fixed(
+    target: PreTrainedModel,
+    drafter: PosSCandidateGenerator,
+    settings: DraftSettings,
+    model_kwargs: dict[str, Any],
+    rows: int,
+    limit: int,
+) -> Iterator[StaticBuffers]:
+    """Buffers of one size for the whole call, which the drafter takes its own from.
+
+    Args:
+        limit: columns of context that a row may come to need.
+    """
+    layers = model_kwargs["past_key_values"].layers
+    capacity = bucket(max(limit, *(getattr(layer, "max_cache_len", 0) for layer in layers)))
+    nodes, draft_nodes = settings.total_tokens, settings.depth * settings.top_k
+    make = functools.partial(StaticBuffers.of, len(layers), capacity, nodes, draft_nodes)
+    kinds = [(model.device, model.dtype) for model in (target, drafter.assistant_model)]
+    drafter.functions = drafter.functions.of_shape(rows, capacity, nodes, draft_nodes, *kinds)
+    with drafter.functions.buffers(make) as buffers:
+        drafter.buffer = buffers.specialists
+        yield buffers
+
+
+def _planner(target: PreTrainedModel, poss: PosSModel, settings: DraftSettings) -> DraftPlanner:
+    settings = settings.up_to(settings.depth)
+    return planner_for(
+        target,
+        poss,
+        settings.depth,
+        settings.total_tokens,
+        depth=None if settings.auto_depth else settings.depth,
+        nodes=None if settings.auto_nodes or settings.is_chain else settings.total_tokens,
+        top_k=settings.top_k,
     )
 
 
@@ -158,10 +262,15 @@ class _Loop:
         ranks: Ranks,
         record: CallRecord | None,
         streamer: Any,
+        capacity: int | None,
+        planner: DraftPlanner | None,
     ):
         self.target, self.drafter, self.settings, self.verifier = target, drafter, settings, verifier
         self.prompt, self.cache, self.text, self.stop, self.pickers = prompt, cache, text, stop, pickers
         self.ranks, self.record, self.streamer = ranks, record, streamer
+        self.capacity = capacity  # columns for context where shapes are fixed
+        self.functions = drafter.functions
+        self.planner = planner
         self.streamed = text.prompt_length
 
     def run(
@@ -181,29 +290,52 @@ class _Loop:
         collected = self._collector(outputs, config)
         entries = prompt_entries(self.prompt.mask if self.prompt.is_padded else None, features)
         following = self._first_tokens(tokens, outputs.logits[:, -1], entries)
-        outlives = outlives_call(self.cache.cache, config)
+        pending = PendingContext(features, entries, following, [own[-1] for own in following])
+        outlives = self.cache.outlives
         history = None
         if outlives and tokens.shape == self.prompt.mask.shape:
             history = FeatureHistory(features, self.drafter.feature_layers)
         del outputs
         while True:
-            slots = self._retire(keep_one=synced_gpus)
+            pending.select(self._retire(keep_one=synced_gpus))
             unfinished = any(self._goes_on(row) for row in self.columns.rows[: self.columns.active])
             if not sequences_left(self.target, not unfinished, synced_gpus, input_ids.device):
                 break
-            self._enter("drafting")
-            self._extend(features, entries, following, slots)
-            tree = self._draft(following, slots, full=synced_gpus)
-            self._enter("verifying")
-            outputs = self.target(**self.verifier.inputs(tree, self.cache, self.prompt), **flags)
-            self._enter("other")
+            start = time.perf_counter()
+            self._begin_graphs()
+            depth = self._room(full=synced_gpus)
+            plan = None if self.planner is None else self._plan(depth, pending, flags)
+            drafts = depth > 0 and (plan is None or plan.depth > 0)
+            if drafts or pending.most > MOST_PENDING or self.columns.capacity != self.capacity:
+                self._extend(pending)
+            tree = self._draft(pending.newest, depth, plan) if drafts else self._roots(pending.newest)
+            self._enter("verification")
+            outputs = self.functions.verify(
+                tree.tokens.shape[1], {**self.verifier.inputs(tree, self.cache, self.prompt), **flags}
+            )
             features = self.drafter.features_of(outputs)
-            walks = self._walk(tree, outputs.logits)
-            self._keep(tree, walks, outputs, features, collected, history)
-            entries = [walk.path if walk is not None else [0] for walk in walks]
-            following = [
-                walk.emitted if walk is not None else tree.tokens[slot, :1].tolist() for slot, walk in enumerate(walks)
+            if self.functions.is_compiled:  # the only thing of a graph's memory that rounds to come look at
+                features = features.clone()
+            self._enter("walk")
+            walks, depths, likely = self._walk(tree, outputs.logits, plan)
+            self._enter("cache")
+            self._keep(depths, walks, outputs, features, collected, history)
+            newest = [
+                walk.emitted[-1] if walk is not None else before
+                for walk, before in zip(walks, pending.newest, strict=True)
             ]
+            entries = [self._kept(walk) for walk in walks]
+            following = [
+                walk.emitted if walk is not None else [before] * len(kept)
+                for walk, before, kept in zip(walks, pending.newest, entries, strict=True)
+            ]
+            read = PendingContext(features, entries, following, newest)
+            if pending.most:
+                pending.add(read)
+            else:
+                pending = read
+            if plan is not None:
+                self._observe(plan, depths, likely, walks, time.perf_counter() - start)
         if outlives:
             self._read_ends(flags, history, synced_gpus)
         self._finish(history, tokens)
@@ -213,9 +345,14 @@ class _Loop:
     def columns(self) -> Columns:
         return self.cache.columns
 
-    def _enter(self, part: str) -> None:
+    def _begin_graphs(self) -> None:
+        """Lets CUDA graphs use again what they returned before: all of it has been read or copied."""
+        if self.functions.is_compiled:
+            torch.compiler.cudagraph_mark_step_begin()
+
+    def _enter(self, part: str, position: int = 0) -> None:
         if self.record is not None:
-            self.record.enter(part)
+            self.record.enter(part, position)
 
     def _goes_on(self, row: int) -> bool:
         return self.stop.may_go_on(row, self.text.lengths[row])
@@ -231,7 +368,7 @@ class _Loop:
             outputs of the last pass; features [rows, columns, hidden] of the prompt's last columns, of all if that is
             possible; and their tokens, int64 [rows, columns].
         """
-        self._enter("verifying")
+        self._enter("prompt")
         prompt, overrides = self.prompt, self.drafter.model_kwargs_overrides
         known = self._read_cached(input_ids, model_kwargs) if prompt.cached else None
         total = prompt.mask.shape[1]
@@ -304,7 +441,7 @@ class _Loop:
         following = []
         for row, (picker, known) in enumerate(zip(self.pickers, tokens.tolist(), strict=True)):
             token = picker.pick(self.text.prefix(row), logits[row : row + 1])
-            self.text.append(row, [token])
+            self.text.append(row, token)
             self.stop(row, token, self.text, picker.scores)
             behind = [*known[1:], token]
             following.append([behind[entry] for entry in entries[row]])
@@ -316,12 +453,14 @@ class _Loop:
     # ---- A round ----
 
     def _retire(self, keep_one: bool) -> list[int]:
-        """Takes finished rows out of the passes.
+        """Takes finished rows out of the passes, unless shapes are fixed.
 
         Returns:
             for each slot that is left, the slot that its row had before.
         """
         slots = list(range(self.columns.active))
+        if self.capacity is not None:
+            return slots
         for slot in reversed(range(self.columns.active)):
             if self._goes_on(self.columns.rows[slot]) or (keep_one and self.columns.active == 1):
                 continue
@@ -332,64 +471,179 @@ class _Loop:
                 slots[slot] = last
         return slots
 
-    def _extend(
-        self,
-        features: torch.Tensor,
-        entries: Sequence[Sequence[int]],
-        following: Sequence[Sequence[int]],
-        slots: Sequence[int],
-    ) -> None:
-        """Gives the drafter the features of what was just accepted."""
-        counts = [len(entries[slot]) for slot in slots]
-        most = max(counts)
-        whole = slots == list(range(features.shape[0])) and all(
-            list(entries[slot]) == list(range(features.shape[1])) for slot in slots
-        )
-        if not whole:
-            picked = [[*entries[slot], *[entries[slot][-1]] * (most - len(entries[slot]))] for slot in slots]
-            index = torch.tensor(picked, device=features.device)
-            features = features[torch.tensor(slots, device=features.device)[:, None], index]
-        tokens = [[*following[slot], *[following[slot][-1]] * (most - len(following[slot]))] for slot in slots]
-        self.drafter.extend_context(features, torch.tensor(tokens), None if min(counts) == most else counts)
+    def _extend(self, pending: PendingContext) -> None:
+        """Gives the drafter the features of what was accepted."""
+        self._enter("context")
+        columns = None if self.columns.capacity is None else self.settings.depth + 1
+        features, tokens, counts = pending.gathered(columns or 1)
+        self.drafter.extend_context(features, tokens, counts, columns)
+        pending.clear()
+        # From here on nodes of rounds of fixed shapes lie behind all context.
+        self.columns.capacity = self.drafter.columns.capacity = self.capacity
 
-    def _draft(self, following: Sequence[Sequence[int]], slots: Sequence[int], full: bool) -> DraftTree:
-        """Trees below the newest tokens; no deeper than some row has room for, unless they have to be `full`."""
-        roots = torch.tensor([following[slot][-1] for slot in slots])
+    def _room(self, full: bool) -> int:
+        """How deep to draft at most: no deeper than some row has room for, unless drafts have to be `full`."""
         depth = self.settings.depth
         left = self.verifier.positions_left(self.cache, self.prompt)
-        if not full and left is not None:
+        if full or self.capacity is not None:
+            return depth
+        if left is not None:
             depth = min(depth, left)
-        if not full and self.stop.limit is not None:
+        if self.stop.limit is not None:
             # The last token of the budget is the target's own, so a draft need not reach it.
             shortest = min(self.text.lengths[row] for row in self.columns.rows[: self.columns.active])
             depth = min(depth, self.stop.limit - shortest - 1)
-        if depth < 1:
-            zeros = torch.zeros_like(roots[:, None])
-            return DraftTree(tokens=roots[:, None], parents=zeros, depths=zeros, max_depth=0)
-        return self.ranks.agree_on_tree(self.drafter.draft(roots, self.settings.up_to(depth)))
+        return max(depth, 0)
 
-    def _walk(self, tree: DraftTree, logits: torch.Tensor) -> list[Walk | None]:
-        """Walks of the active slots; None for one that is finished and waits for other processes."""
-        packed = [tree.tokens, tree.parents]
-        fast = not self.pickers[0].needs_prefix
-        if fast:
-            packed.append(logits.argmax(-1).to(tree.tokens.device))
-        tokens, parents, *picks = torch.stack(packed).tolist()  # the round's one wait for the device
-        walks: list[Walk | None] = []
-        for slot, row in enumerate(self.columns.rows[: self.columns.active]):
-            walk = None
-            if self._goes_on(row):
-                own = self.ranks.agree(picks[0][slot]) if fast else None
-                walk = Walk(
-                    tokens[slot], parents[slot], row, self.text, self.stop, self.pickers[row], logits[slot], own
-                )
-            walks.append(walk)
+    def _roots(self, newest: Sequence[int]) -> DraftTree:
+        return DraftTree.of_roots(upload(newest, self.drafter.device))
+
+    def _draft(self, newest: Sequence[int], depth: int, plan: RoundPlan | None) -> DraftTree:
+        """Trees below the newest tokens."""
+        roots = upload(newest, self.drafter.device)
+        return self.ranks.agree_on_tree(self.drafter.draft(roots, self.settings.up_to(depth), self._enter, plan))
+
+    # ---- Drafts whose size is chosen ----
+
+    def _plan(self, depth: int, pending: PendingContext, flags: dict[str, Any]) -> RoundPlan:
+        """How much to draft in this round."""
+        rows = sum(self._goes_on(row) for row in self.columns.rows[: self.columns.active])
+        # Reading what is drafted costs a CPU nothing; another device would wait for its host after every pass.
+        ahead = self.drafter.device.type != "cpu" or self.capacity is not None
+        plan = self.planner.begin_round(self._costs(pending, flags), max(rows, 1), room=depth, ahead=ahead)
+        if plan.size is not None and self.capacity is not None:  # few sizes, as each is compiled
+            sizes = self._sizes()
+            plan.size = next((size for size in sizes if size >= plan.size), sizes[-1])
+        return plan
+
+    def _sizes(self) -> list[int]:
+        """Nodes of the passes that are timed and, where each size is compiled, of all that there are."""
+        settings = self.settings.up_to(self.settings.depth)
+        largest = [settings.most_nodes(depth) for depth in range(1, settings.depth + 1)]
+        sizes = NODE_SIZES if self.capacity is None else (*STATIC_SIZES, *largest)
+        return sorted({size for size in sizes if size < largest[-1]} | {largest[-1]})
+
+    def _costs(self, pending: PendingContext, flags: dict[str, Any]) -> RoundCosts:
+        """Prices of a round at this length of the context, measured where they are not known."""
+        columns, functions = self.columns, self.functions
+        if self.capacity is None:
+            rows, context, mode = 1 << (columns.active - 1).bit_length(), context_bucket(columns.width), "eager"
+        else:
+            rows, context, mode = columns.active, self.capacity, "compiled" if functions.is_compiled else "static"
+        key = CostKey(str(self.drafter.device), str(self.target.dtype), rows, context, mode)
+        # Measuring compiles every size, so it is done for each set of functions that is compiled apart.
+        known = known_costs(functions if functions.is_compiled else self.target)
+        if key not in known:
+            if pending.most:
+                self._extend(pending)
+            self._enter("other")
+            known[key] = self._measure(pending, flags)
+        return known[key]
+
+    def _measure(self, pending: PendingContext, flags: dict[str, Any]) -> RoundCosts:
+        """Times passes of the target over nodes that nobody keeps, and draft passes, where the texts are now."""
+        roots, settings = upload(pending.newest, self.drafter.device), self.settings
+        sizes = self._sizes()
+
+        def verify(size: int) -> None:
+            self._begin_graphs()
+            tree = DraftTree.star(roots, size)
+            inputs = self.verifier.inputs(tree, self.cache, self.prompt)
+            self.functions.verify(size, {**inputs, **flags})
+
+        if self.functions.is_compiled:  # what need not be timed, rounds to come may need
+            for size in sizes:
+                verify(size)
+            rows, entries = len(pending.newest), settings.depth + 1
+            nothing = pending.features.new_zeros(rows, entries, pending.features.shape[2])
+            self.drafter.extend_context(nothing, roots.new_zeros(rows, entries), [0] * rows, entries)
+        verification = measure_curve(verify, sizes, self._synchronize, repeats=3, seconds=0.5)
+        # Drafts are timed behind a pass of the target, which leaves nothing of them in a processor's caches.
+        depths = (1, settings.depth) if self.capacity is None else (settings.depth,)
+        times: dict[int, list[float]] = {depth: [] for depth in depths}
+        for _ in range(_DRAFTS_TIMED):
+            for depth in depths:
+                verify(sizes[0])
+                self._synchronize()
+                start = time.perf_counter()
+                self.drafter.draft(roots, replace(settings, depth=depth))
+                self._synchronize()
+                times[depth].append(time.perf_counter() - start)
+        longest = statistics.median(times[settings.depth])
+        # One pass's worth is choosing the nodes, where fixed shapes leave nothing to compare.
+        shortest = statistics.median(times[1]) if len(depths) == 2 else 2 * longest / (settings.depth + 1)
+        each = max(longest - shortest, 0.0) / max(settings.depth - 1, 1)
+        # Extending the context is fc and projections of a few entries: about a pass.
+        return RoundCosts(verification(1), verification, each, context=each, overhead=max(shortest - each, 0.0))
+
+    def _synchronize(self) -> None:
+        if self.drafter.device.type != "cpu":
+            torch.accelerator.synchronize(self.drafter.device)
+
+    def _observe(
+        self,
+        plan: RoundPlan,
+        depths: Sequence[Sequence[int]],
+        likely: Sequence[tuple[Sequence[float], Sequence[int]]],
+        walks: Sequence[Walk | None],
+        seconds: float,
+    ) -> None:
+        """Tells the planner what of a draft was accepted.
+
+        Args:
+            likely: for each slot scores of the nodes below the root, then of what was drafted and not verified; and
+                draft positions of the latter.
+        """
+        its_depths, scores, accepted = [], [], []
+        for own, (own_scores, others), walk in zip(depths, likely, walks, strict=True):
+            if walk is None:
+                continue
+            path = {*walk.path[1:], walk.node}
+            its_depths.append([*own[1:], *others])
+            scores.append(list(own_scores))
+            accepted.append([node in path for node in range(1, len(own))])
+        self.planner.observe(plan, its_depths, scores, accepted, seconds)
+
+    # ---- The walk ----
+
+    def _walk(
+        self, tree: DraftTree, logits: torch.Tensor, plan: RoundPlan | None
+    ) -> tuple[list[Walk | None], list[list[int]], list[tuple[list[float], list[int]]]]:
+        """Walks of the active slots, None for one that is finished and waits for others; the depth of every node; and
+        what a planner wants to know, see [`_Loop._observe`].
+
+        Where picks depend on nothing but logits, all ways are found on the device, and reading them is the one time
+        that a round waits for it. Else every pick is waited for, as in plain decoding.
+        """
+        wanted = {"depths": tree.depths}
+        if tree.ranked is not None:
+            scores, others = (part[:, tree.tokens.shape[1] - 1 :] for part in tree.ranked)  # the best are verified
+            wanted |= {"scores": torch.cat((tree.scores[:, 1:], scores), dim=1), "others": others}
+        makers: list[Callable[..., Walk]]
+        if self.pickers[0].needs_prefix:
+            found = read_together(wanted | {"tokens": tree.tokens, "parents": tree.parents})
+            ways = zip(found["tokens"], found["parents"], logits, strict=True)
+            makers = [functools.partial(Walk.picking, *way) for way in ways]
+        else:
+            picks = self.ranks.agree_on_picks(greedy_picks(tree, logits))
+            counts, paths = (self.functions.confirmed_paths if plan is None else confirmed_paths)(tree, picks)
+            emitted = picks.gather(1, paths)
+            found = read_together(wanted | {"counts": counts[:, None], "paths": paths, "emitted": emitted})
+            ways = zip(found["counts"], found["paths"], found["emitted"], strict=True)
+            makers = [functools.partial(Walk.along, path[:count], emitted[:count]) for (count,), path, emitted in ways]
+        rows = self.columns.rows[: self.columns.active]
+        walks = [
+            make(row, self.text, self.stop, self.pickers[row]) if self._goes_on(row) else None
+            for row, make in zip(rows, makers, strict=True)
+        ]
         walk_all([walk for walk in walks if walk is not None], self.verifier.in_step)
-        return walks
+        empty: list[list] = [[]] * len(rows)
+        likely = list(zip(found.get("scores", empty), found.get("others", empty), strict=True))
+        return walks, found["depths"], likely
 
     def _keep(
         self,
-        tree: DraftTree,
+        depths: Sequence[Sequence[int]],
         walks: Sequence[Walk | None],
         outputs: Any,
         features: torch.Tensor,
@@ -398,21 +652,30 @@ class _Loop:
     ) -> None:
         """Keeps of the pass what was accepted."""
         columns = self.columns
-        width = columns.width
+        start = columns.start
         for slot, walk in enumerate(walks):
             if walk is not None:
                 row = columns.rows[slot]
                 length = columns.lengths[slot]
                 collected.add(
-                    row, slot, walk.path, length, width, outputs.hidden_states, getattr(outputs, "attentions", None)
+                    row, slot, walk.path, length, start, outputs.hidden_states, getattr(outputs, "attentions", None)
                 )
                 if history is not None:
-                    history.add(row, features[slot, walk.path])
+                    history.add(row, features[slot, upload(walk.path, features.device)])
                 if self.record is not None:
-                    levels = torch.bincount(tree.depths[slot], minlength=1)[1:].tolist()
+                    levels = [depths[slot].count(depth) for depth in range(1, max(depths[slot]) + 1)]
                     self.record.rows[row].add_round(levels, walk.accepted, len(walk.emitted))
-        self.cache.keep_paths([[0] if walk is None else walk.path for walk in walks])
+        if self.record is not None:
+            self.record.rounds += 1
+        paths = [self._kept(walk) for walk in walks]
+        count = None if self.capacity is None else len(paths) * (self.settings.depth + 1)
+        self.cache.keep_paths(paths, self.functions.move_entries, count)
+        self._enter("other")
         self._settle()
+
+    def _kept(self, walk: Walk | None) -> list[int]:
+        """Nodes that a slot keeps. One that waits for other processes keeps its root again and again."""
+        return walk.path if walk is not None else [0] * (self.columns.capacity is None)
 
     def _settle(self) -> None:
         """Asks the criteria that look at all rows, and streams what is final."""
@@ -457,8 +720,7 @@ class _Loop:
                 self.cache.swap(place, slot)
             columns.active = max(len(group), 1)  # without a group the pass is for the other processes
             last = [self.text.prefix(row)[:, -1:] for row in columns.rows[: columns.active]]
-            tokens, zeros = torch.cat(last), torch.zeros_like(torch.cat(last))
-            roots = DraftTree(tokens, zeros, zeros, max_depth=0)
+            roots = DraftTree.of_roots(torch.cat(last)[:, 0])
             outputs = self.target(**self.verifier.inputs(roots, self.cache, self.prompt), **flags)
             self.cache.keep_paths([[0]] * len(group))
             if history is not None:

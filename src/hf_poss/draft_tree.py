@@ -1,11 +1,13 @@
 """Dynamic draft trees: grown level by level, reranked as a whole (EAGLE-2). Pure tensors."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 
-__all__ = ["DraftTree", "DraftTreeBuilder", "Frontier"]
+__all__ = ["Candidates", "Children", "DraftTree", "choose_nodes", "rank_candidates"]
 
 
 @dataclass
@@ -21,99 +23,128 @@ class DraftTree:
         parents: int64 [batch, nodes]; the root is its own parent.
         depths: int64 [batch, nodes], the draft position of each node.
         max_depth: levels that were grown; no depth is above it.
+        scores: float32 [batch, nodes], the drafter's log-probability of the path to each; None if it is not known.
+        ranked: scores and draft positions of what was drafted, kept or not, the best first: [batch, best] each.
     """
 
     tokens: torch.LongTensor
     parents: torch.LongTensor
     depths: torch.LongTensor
     max_depth: int
+    scores: torch.Tensor | None = None
+    ranked: tuple[torch.Tensor, torch.LongTensor] | None = None
 
-    def ancestor_mask(self) -> torch.BoolTensor:
+    @classmethod
+    def of_roots(cls, tokens: torch.LongTensor) -> "DraftTree":
+        """Nothing but roots, int64 [batch]: a pass over them is a plain decoding step."""
+        zeros = torch.zeros_like(tokens)[:, None]
+        return cls(tokens[:, None], zeros, zeros, max_depth=0)
+
+    @classmethod
+    def star(cls, tokens: torch.LongTensor, nodes: int) -> "DraftTree":
+        """Roots int64 [batch], each with `nodes` - 1 children that carry its own token: something to time."""
+        tokens = tokens[:, None].repeat(1, nodes)
+        depths = (torch.arange(nodes, device=tokens.device) > 0).long().expand_as(tokens)
+        return cls(tokens, torch.zeros_like(depths), depths, max_depth=int(nodes > 1))
+
+    @functools.cached_property
+    def ancestors(self) -> torch.BoolTensor:
         """bool [batch, nodes, nodes]: row i is True at i and at every ancestor of i."""
         nodes = self.tokens.shape[1]
-        own = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device).expand(self.tokens.shape[0], -1, -1)
-        parents = self.parents[:, :, None].expand(-1, -1, nodes)
-        mask = own
-        for _ in range(self.max_depth):
-            mask = own | mask.gather(1, parents)
+        mask = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device).expand(self.tokens.shape[0], -1, -1)
+        # After step i a row knows its ancestors up to 2^i levels above, and the ancestor that far above.
+        above, known = self.parents, 1
+        while known <= self.max_depth:
+            mask = mask | mask.gather(1, above[:, :, None].expand(-1, -1, nodes))
+            above, known = above.gather(1, above), 2 * known
         return mask
 
 
 @dataclass
-class Frontier:
-    """Nodes that are expanded next.
+class Children:
+    """The nodes below a frontier, the children of each node in turn.
 
     Args:
-        tokens: int64 [batch, nodes].
-        parents: int64 [batch, nodes], index into the frontier before (into the root, 0, for level 1).
+        tokens: int64 [batch, frontier * top_k].
+        scores: float32 [batch, frontier * top_k], log-probability of the path to each: the sum of those along it,
+            never above its parent's. -inf marks a node that is none.
+        chosen: int64 [batch, top_k], index of those that make the next frontier; None for the last level.
+    """
+
+    tokens: torch.LongTensor
+    scores: torch.Tensor
+    chosen: torch.LongTensor | None = None
+
+
+@dataclass
+class Candidates:
+    """All nodes that were looked at. Numbered in the order in which they came up: the root 0, the first level, and so
+    on; index i holds number i + 1.
+
+    Args:
+        tokens, parents: int64 [batch, candidates]; parents by number.
+        order: int64 [batch, best], indices of the best ones, the best first; ties go to the lower number.
+        scores: float32 [batch, best], log-probabilities of their paths.
+        depths: int64 [batch, best], their draft positions.
+        max_depth: levels that were grown.
     """
 
     tokens: torch.LongTensor
     parents: torch.LongTensor
+    order: torch.LongTensor
+    scores: torch.Tensor
+    depths: torch.LongTensor
+    max_depth: int
 
 
-class DraftTreeBuilder:
-    """Collects every node that was looked at, then keeps the best.
+def rank_candidates(levels: Sequence[Children], top_k: int, best: int) -> Candidates:
+    """The nodes of all levels, of which the `best` most likely are ranked (EAGLE-2).
 
-    Candidates are numbered in the order in which they come up: the root 0, its children 1..k, then the children of
-    each frontier node in turn. A child's score, the sum of log-probabilities along its path, is never above its
-    parent's; ties go to the lower number. So the best nodes are closed under parents.
+    Args:
+        levels: from the first on. The first may be smaller than the others, which are of one size.
+        top_k: children a node.
+        best: candidates to rank, fewer if there are fewer.
+    """
+    tokens = torch.cat([level.tokens for level in levels], dim=1)
+    scores = torch.cat([level.scores for level in levels], dim=1)
+    parents, number = [torch.zeros_like(levels[0].tokens)], 1
+    for level in levels[:-1]:
+        parents.append((level.chosen + number).repeat_interleave(top_k, dim=1))
+        number += level.tokens.shape[1]
+    first, size = levels[0].tokens.shape[1], levels[-1].tokens.shape[1]
+    ranked = scores.sort(dim=-1, descending=True, stable=True)
+    order = ranked.indices[:, :best]
+    return Candidates(
+        tokens=tokens,
+        parents=torch.cat(parents, dim=1),
+        order=order,
+        scores=ranked.values[:, :best],
+        depths=torch.div(order - first, size, rounding_mode="floor") + 2,
+        max_depth=len(levels),
+    )
+
+
+def choose_nodes(root_tokens: torch.LongTensor, candidates: Candidates, total_tokens: int) -> DraftTree:
+    """The tree of the root and the best `total_tokens` - 1 candidates, fewer if fewer are ranked (EAGLE-2).
+
+    A child's score is never above its parent's, and ties go to the lower number, so the best are closed under parents.
 
     Args:
         root_tokens: int64 [batch].
-        top_k: children a node, and nodes expanded a level; 1 makes a chain.
-        vocabulary: int64 [draft vocab], the token of each logit; None if logits are of all tokens.
+        candidates: ranked.
+        total_tokens: nodes, the root included.
     """
-
-    def __init__(self, root_tokens: torch.LongTensor, top_k: int, vocabulary: torch.LongTensor | None = None):
-        self.top_k = top_k
-        self.vocabulary = vocabulary
-        batch, device = root_tokens.shape[0], root_tokens.device
-        self.root_tokens = root_tokens
-        self.frontier_ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.frontier_scores = torch.zeros(batch, 1, device=device)
-        self.levels: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # tokens, parents, scores
-        self.candidates = 1
-
-    def grow(self, logits: torch.Tensor) -> Frontier:
-        """Adds the best children of every frontier node and picks the next frontier among them.
-
-        Args:
-            logits: float32 [batch, frontier, draft vocab] of the frontier's nodes.
-        """
-        top_k = min(self.top_k, logits.shape[-1])
-        log_probabilities, tokens = logits.log_softmax(-1).topk(top_k, dim=-1)  # [batch, frontier, top_k]
-        scores = (self.frontier_scores[:, :, None] + log_probabilities).flatten(1)
-        tokens = tokens.flatten(1)  # [batch, frontier * top_k]
-        if self.vocabulary is not None:
-            tokens = self.vocabulary[tokens]
-        parents = self.frontier_ids.repeat_interleave(top_k, dim=1)
-        self.levels.append((tokens, parents, scores))
-
-        if scores.shape[1] == top_k:  # the only parent's children are sorted already
-            chosen = torch.arange(top_k, device=scores.device).expand_as(scores)
-        else:
-            chosen = scores.topk(top_k, dim=-1).indices
-        self.frontier_scores = scores.gather(1, chosen)
-        self.frontier_ids = chosen + self.candidates
-        self.candidates += scores.shape[1]
-        return Frontier(tokens=tokens.gather(1, chosen), parents=chosen // top_k)
-
-    def build(self, total_tokens: int) -> DraftTree:
-        """The root and the best `total_tokens` - 1 candidates, fewer if there are fewer."""
-        tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*self.levels, strict=True))
-        depths = torch.cat(
-            [torch.full_like(level[0], depth) for depth, level in enumerate(self.levels, start=1)], dim=1
-        )
-        kept = scores.sort(dim=-1, descending=True, stable=True).indices[:, : total_tokens - 1]
-        kept = kept.sort(dim=-1).values  # [batch, nodes - 1], candidate number - 1
-        tokens, parents, depths = (rows.gather(1, kept) for rows in (tokens, parents, depths))
-        # Candidate numbers become node numbers: with candidates 2, 3 and 7 kept, candidate 7 is node 3.
-        parents = torch.searchsorted(kept + 1, parents) + (parents > 0)
-        root = torch.zeros_like(tokens[:, :1])
-        return DraftTree(
-            tokens=torch.cat((self.root_tokens[:, None], tokens), dim=1),
-            parents=torch.cat((root, parents), dim=1),
-            depths=torch.cat((root, depths), dim=1),
-            max_depth=len(self.levels),
-        )
+    # Node i + 1 is the kept candidate with the i-th lowest number.
+    kept, place = candidates.order[:, : total_tokens - 1].sort(dim=-1)
+    tokens, parents = (rows.gather(1, kept) for rows in (candidates.tokens, candidates.parents))
+    scores, depths = (rows.gather(1, place) for rows in (candidates.scores, candidates.depths))
+    # Candidate numbers become node numbers: with candidates 2, 3 and 7 kept, candidate 7 is node 3.
+    parents = torch.searchsorted(kept + 1, parents) + (parents > 0)
+    root = torch.zeros_like(root_tokens)[:, None]
+    return DraftTree(
+        tokens=torch.cat((root_tokens[:, None], tokens), dim=1),
+        parents=torch.cat((root, parents), dim=1),
+        depths=torch.cat((root, depths), dim=1),
+        max_depth=candidates.max_depth,
+        scores=torch.cat((torch.zeros_like(scores[:, :1]), scores), dim=1),
+    )

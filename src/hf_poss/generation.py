@@ -19,7 +19,7 @@ from .modeling_poss import check_drafter, check_target, poss_of
 
 __all__ = ["disable", "enable"]
 
-_PLAIN_CACHES = (None, "dynamic")
+_CACHES = (None, "dynamic", "static")
 
 
 def enable() -> None:
@@ -66,10 +66,10 @@ def _check_mode(mode: GenerationMode, config: GenerationConfig, kwargs: dict[str
             "`use_cache` is False, as an argument or in the target's config; drafts are verified against a cache. "
             "Pass `use_cache=True`."
         )
-    if config.cache_implementation not in _PLAIN_CACHES:
+    if config.cache_implementation not in _CACHES:
         raise ValueError(
-            f"`cache_implementation={config.cache_implementation!r}` was given; drafts are verified in a dynamic "
-            "cache, from which rejected ones can be taken back. Leave it out."
+            f"`cache_implementation={config.cache_implementation!r}` was given; drafts are verified in a dynamic or "
+            "static cache, from which rejected ones can be taken back. Leave it out, or pass 'static'."
         )
 
 

@@ -56,30 +56,38 @@ class LayerKinds:
 def tree_masks(
     kinds: LayerKinds,
     tree: DraftTree,
-    context: torch.BoolTensor,
+    context: torch.BoolTensor | None,
+    start: int,
     lengths: torch.LongTensor,
     padding: torch.LongTensor,
     dtype: torch.dtype,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
-    """Additive masks [rows, 1, nodes, width + nodes]: every node sees its row's context, itself and its ancestors, as
+    """Additive masks [rows, 1, nodes, start + nodes]: every node sees its row's context, itself and its ancestors, as
     far as the layer looks back. One mask if all layers are of a kind, else one by kind.
 
     Additive, because eager attention adds whatever mask it is given to the scores.
 
     Args:
         tree: the nodes.
-        context: bool [rows, width], entries of the row that are no padding.
+        context: bool [rows, start], entries of the row that are no padding; None if all are.
+        start: columns in front of the nodes.
         lengths: int64 [rows], entries of context, padding included: the root's place in its sequence.
         padding: int64 [rows], tokens of padding in front.
         dtype: of the mask.
     """
-    rows, width = context.shape
-    nodes = tree.tokens.shape[1]
-    visible = torch.cat((context[:, None].expand(-1, nodes, -1), tree.ancestor_mask().to(context.device)), dim=-1)
+    device, nodes = lengths.device, tree.tokens.shape[1]
+    ancestors = tree.ancestors.to(device)
+    if not kinds.windowed and context is None:
+        return F.pad(_additive(ancestors, dtype), (start, 0))[:, None]
+    if context is None:
+        context = torch.ones(1, start, dtype=torch.bool, device=device).expand(len(lengths), -1)
+    visible = torch.cat((context[:, None].expand(-1, nodes, -1), ancestors), dim=-1)
+    if not kinds.windowed:
+        return _additive(visible, dtype)[:, None]
     # Places in the sequence; a context column is its own place.
-    queries = lengths[:, None] + tree.depths.to(context.device)  # [rows, nodes]
-    columns = torch.arange(width, device=context.device).expand(rows, -1)
-    keys = torch.cat((columns, queries), dim=-1)  # [rows, width + nodes]
+    queries = lengths[:, None] + tree.depths.to(device)  # [rows, nodes]
+    columns = torch.arange(start, device=device).expand(len(lengths), -1)
+    keys = torch.cat((columns, queries), dim=-1)  # [rows, start + nodes]
     return _additive_masks(kinds, visible, queries - padding[:, None], keys - padding[:, None], dtype)
 
 
@@ -116,9 +124,14 @@ def _additive_masks(
             seen = visible & (keys[:, None] > queries[:, :, None] - kinds.window)
         elif name == "chunked_attention":
             seen = visible & (keys[:, None] // kinds.chunk == queries[:, :, None] // kinds.chunk)
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        masks[name] = mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        masks[name] = _additive(seen, dtype)[:, None]
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _additive(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, torch.finfo(dtype).min
+    )
 
 
 def chain_mask(context: torch.BoolTensor, nodes: int) -> torch.LongTensor:

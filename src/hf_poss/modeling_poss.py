@@ -1,14 +1,21 @@
 """Position specialists: one decoder layer for each span of draft positions, and their recursive roll-out."""
 
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 from transformers.utils import ModelOutput, logging
@@ -22,8 +29,8 @@ from .compatibility import (
     peft_arguments,
     unsharded_class,
 )
-from .configuration_poss import PosSConfig, eos_token_ids
-from .draft_vocabulary import DraftHead, check_draft_vocabulary, rank_tokens
+from .configuration_poss import PosSConfig
+from .draft_vocabulary import DraftHead, check_draft_vocabulary, choose_vocabulary
 from .limits import check_size
 from .losses import DEFAULT_LOSSES, parse_losses, roll_out_losses
 from .peft_models import without_peft
@@ -41,6 +48,7 @@ __all__ = [
     "is_poss",
     "placement",
     "poss_of",
+    "rotate",
 ]
 
 logger = logging.get_logger(__name__)
@@ -302,11 +310,11 @@ class PosSSpecialist(GradientCheckpointingLayer):
         """Keys and values [batch, key_value_heads, rows, head_dim] of fused inputs [batch, rows, hidden]."""
         attention = self.self_attn
         keys = attention.split_heads(attention.k_proj(fused))
-        return _rotate(keys, rotary), attention.split_heads(attention.v_proj(fused))
+        return rotate(keys, rotary), attention.split_heads(attention.v_proj(fused))
 
     def queries(self, fused: torch.Tensor, rotary: RotaryAngles) -> torch.Tensor:
         """Queries [batch, heads, rows, head_dim] of fused inputs [batch, rows, hidden]."""
-        return _rotate(self.self_attn.split_heads(self.self_attn.q_proj(fused)), rotary)
+        return rotate(self.self_attn.split_heads(self.self_attn.q_proj(fused)), rotary)
 
     def complete(self, fused: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Predicted features [batch, rows, hidden] from what queries attended to [batch, heads, rows, head_dim]."""
@@ -337,8 +345,9 @@ class PosSSpecialist(GradientCheckpointingLayer):
         return self.complete(fused_streams[-1], attended), streams
 
 
-def _rotate(heads: torch.Tensor, rotary: RotaryAngles) -> torch.Tensor:
-    cos, sin = (angle.unsqueeze(1) for angle in rotary)
+def rotate(heads: torch.Tensor, rotary: RotaryAngles) -> torch.Tensor:
+    """Turns heads [batch, ..., rows, head_dim] by angles [batch, rows, head_dim]."""
+    cos, sin = (angle.unflatten(0, (-1, *(1,) * (heads.dim() - 3))) for angle in rotary)
     return heads * cos + rotate_half(heads) * sin
 
 
@@ -387,6 +396,8 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
     - `num_assistant_tokens`: depth of a draft, K by default; deeper than K, the last specialist goes on;
     - `draft_top_k`: branches a node; 10 by default on an accelerator, less on a CPU; 1 makes drafts chains;
     - `draft_total_tokens`: nodes verified a round, the root included; 60 by default on an accelerator, less on a CPU.
+
+    The first and the last may be "auto": every round then drafts and verifies as much as pays on this device.
 
     Example:
 
@@ -575,28 +586,103 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             )
         return self.reference
 
-    def set_draft_vocabulary(self, counts: torch.LongTensor, size: int | None = None) -> "PosSModel":
+    def set_draft_vocabulary(
+        self,
+        counts: torch.LongTensor | Iterable[Any] | None,
+        size: int | None = None,
+        coverage: float | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> "PosSModel":
         """Drafts from the most frequent tokens alone: a draft pass reads fewer rows of the head, and the text stays
-        the same, since the target verifies over its full vocabulary (FR-Spec, EAGLE-3).
+        the same, since the target verifies over its full vocabulary (FR-Spec, EAGLE-3). No training is needed. The
+        tokens are saved with the weights.
+
+        Ends of a sequence are kept in any case, and with a tokenizer also the special tokens that its chat template
+        writes.
 
         Args:
-            counts: int64 [vocab], how often each token occurs in text like the target's.
-            size: tokens to keep; `config.draft_vocab_size` if not given. Ends of a sequence are kept in any case.
+            counts: int64 [vocab], how often each token occurs in text like the target's; or the text itself, see
+                [`corpus_counts`]: strings, chats or token ids, in a list, a generator, a column of a dataset. None
+                drafts from all tokens again.
+            size: tokens to keep; `config.draft_vocab_size` if neither it nor `coverage` is given.
+            coverage: keeps as many as make up this share of the text, such as 0.99, in place of a size.
+            tokenizer: the target's; needed for strings and chats.
 
         Raises:
-            ValueError: if `counts` has another length, or the size is not 1 to the target's vocabulary.
-        """
-        size = self.config.draft_vocab_size if size is None else size
-        vocab_size = self.config.vocab_size
-        if tuple(counts.shape) != (vocab_size,):
-            raise ValueError(f"`counts` has shape {tuple(counts.shape)}; expected ({vocab_size},), one a token.")
-        if size is None or not 1 <= size <= vocab_size:
-            raise ValueError(f"The size of the draft vocabulary is {size}; expected 1 to {vocab_size}.")
-        ends = [end for end in eos_token_ids(self.config) if end < vocab_size]
-        vocabulary = rank_tokens(counts.cpu(), size, ends)
-        self.config.draft_vocab_size = size
+            TypeError: if the text is of something else.
+            ValueError: if counts are not one a token or all 0, tokens lie outside of the vocabulary, the size is not 1
+                to the target's vocabulary or too small for the tokens that are always kept, or the share is not above
+                0 and up to 1.
+
+        Example:
+
+        ```python
+        >>> poss.set_draft_vocabulary(load_dataset("text", data_files="answers.txt")["train"]["text"], 32000,
+        ...     tokenizer=tokenizer)
+        >>> target.generate(**inputs, assistant_model=poss)
+        ```"""
+        if counts is None:
+            if size is not None or coverage is not None:
+                raise ValueError("There is nothing to choose tokens by. Pass counts or text, or None alone for all.")
+            if self.config.draft_vocab_size is not None:
+                del self.draft_vocabulary
+            self.config.draft_vocab_size = None
+            return self
+        vocabulary = choose_vocabulary(self.config, counts, size, coverage, tokenizer)
+        self.config.draft_vocab_size = len(vocabulary)
         self.register_buffer("draft_vocabulary", vocabulary.to(self.fc.weight.device))
         return self
+
+    def warm_up(
+        self,
+        target: PreTrainedModel,
+        max_length: int = 1024,
+        batch_size: int = 1,
+        new_tokens: int = 16,
+        **generate_kwargs: Any,
+    ) -> float:
+        """Pays ahead what first calls would: compiles rounds of fixed shapes, and measures what "auto" wants to know.
+
+        Calls that follow compile nothing, as long as they have the same batch size, knobs and `generate_kwargs`, and
+        their `max_length` falls into the same bucket or below.
+
+        Args:
+            target: that will be drafted for.
+            max_length: longest text of the calls to come, prompt and new tokens.
+            batch_size: rows of the calls to come.
+            new_tokens: tokens that are written and thrown away; two rounds of them at least.
+            generate_kwargs: of the calls to come; `cache_implementation="static"` if that is not among them. What ends
+                or streams a text is left out.
+
+        Returns:
+            seconds that it took.
+
+        Raises:
+            ValueError: if there is no room for a prompt and a new token.
+        """
+        if max_length < 2 or batch_size < 1:
+            raise ValueError(
+                f"A warm-up of {batch_size} row(s) of up to {max_length} token(s); expected 1 row and 2 tokens (a "
+                "prompt and a new one) or more."
+            )
+        start = time.perf_counter()
+        device = device_of(target.get_input_embeddings())
+        prompt = torch.ones(batch_size, min(8, max_length - 1), dtype=torch.long, device=device)
+        depth = self.generation_config.num_assistant_tokens
+        depth = depth if isinstance(depth, int) else self.config.num_draft_positions
+        written = max(new_tokens, depth + 3)  # a first round may bring all that it drafts, and one more
+        arguments = {"cache_implementation": "static", "do_sample": False, "pad_token_id": 0, **generate_kwargs}
+        arguments |= {
+            "assistant_model": self,
+            "max_new_tokens": max_length - prompt.shape[1],
+            "eos_token_id": None,
+            "stopping_criteria": StoppingCriteriaList([_StopAt(prompt.shape[1] + written)]),
+            "streamer": None,
+        }
+        target.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments)
+        seconds = time.perf_counter() - start
+        logger.info(f"Start-up of rounds of {batch_size} row(s), texts up to {max_length} tokens: {seconds:.1f} s.")
+        return seconds
 
     def draft_head(self, reference: TargetReference) -> DraftHead:
         """A target's head over the tokens that are drafted from.
@@ -804,6 +890,16 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             counts=chain_counts(result.tokens, result.target_tokens, counted),
             predictions=predictions,
         )
+
+
+class _StopAt(StoppingCriteria):
+    """Stops all rows at a length, whatever room the call has."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
 
 
 def chain_counts(tokens: torch.Tensor, target_tokens: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ class Prompt:
                 f"The cache of the call is {type(cache).__name__}{' with offloading' * isinstance(cache, Cache)}; "
                 "drafts are verified in a `DynamicCache` that stays on its device. Leave out `past_key_values`."
             )
-        cached = cache.get_seq_length()
+        cached = int(cache.get_seq_length())
         covered = prompt_mask_length(config, model_kwargs)
         if covered is None:  # without a mask, only a prompt longer than the cache can repeat what it holds
             covered = tokens if tokens > cached else cached + tokens

@@ -28,6 +28,14 @@ class Ranks:
         torch.distributed.broadcast(tensor, self.first, self.group)
         return tensor.tolist()
 
+    def agree_on_picks(self, picks: torch.LongTensor) -> torch.LongTensor:
+        """The first process's picks, on the device that they were on."""
+        if self.group is None:
+            return picks
+        agreed = picks.to(_communication_device(self.group)).contiguous()
+        torch.distributed.broadcast(agreed, self.first, self.group)
+        return agreed.to(picks.device)
+
     def agree_on_tree(self, tree: DraftTree) -> DraftTree:
         """The first process's tree."""
         if self.group is None:
@@ -35,7 +43,7 @@ class Ranks:
         packed = torch.stack((tree.tokens, tree.parents, tree.depths)).to(_communication_device(self.group))
         torch.distributed.broadcast(packed, self.first, self.group)
         tokens, parents, depths = packed.to(tree.tokens.device)
-        return DraftTree(tokens, parents, depths, tree.max_depth)
+        return DraftTree(tokens, parents, depths, tree.max_depth, tree.scores)
 
 
 def _communication_device(group: torch.distributed.ProcessGroup) -> torch.device:

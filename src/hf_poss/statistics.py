@@ -21,6 +21,10 @@ __all__ = [
 
 TARGET = 0  # author of a token that the target itself picked; drafted tokens carry their draft position
 
+DRAFTING = ("context", "passes", "tree")
+VERIFYING = ("prompt", "verification")
+PARTS = (*DRAFTING, *VERIFYING, "walk", "cache", "other")
+
 
 @dataclass
 class CallStatistics:
@@ -80,25 +84,39 @@ class CallRecord:
     Args:
         rows: counts by row of the batch.
         device: of the target.
-        seconds: time spent "drafting", "verifying" (the prompt's pass included) and on "other" things.
+        seconds: time by part. "prompt", the target's passes over it; "context", extending that of the specialists;
+            "passes" of the draft; "tree", the choice of nodes to verify; "verification", the target's pass over them;
+            "walk"; "cache", keeping what was accepted; and what is between these, "other".
+        pass_seconds: time of the draft passes, by draft position - 1.
+        rounds: of the call; one of a batch counts once.
     """
 
     rows: list[CallStatistics]
     device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: {"drafting": 0.0, "verifying": 0.0, "other": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    pass_seconds: list[float] = field(default_factory=list)
+    rounds: int = 0
     _part: str = "other"
+    _position: int = 0
     _since: float = field(default_factory=time.perf_counter)
 
-    def enter(self, part: str) -> None:
-        """Books the time since the last call on the part that was entered then, with the device's queue emptied."""
+    def enter(self, part: str, position: int = 0) -> None:
+        """Books the time since the last call on the part that was entered then, with the device's queue emptied.
+
+        Args:
+            part: that begins.
+            position: draft position of a pass.
+        """
         if self.device.type not in ("cpu", "meta"):
             torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
         self.seconds[self._part] += now - self._since
-        self._part, self._since = part, now
+        if self._position:
+            _add(self.pass_seconds, [0.0] * (self._position - 1) + [now - self._since])
+        self._part, self._position, self._since = part, position, now
 
 
-def _add(counts: list[int], more: Sequence[int]) -> None:
+def _add(counts: list, more: Sequence[float]) -> None:
     counts.extend([0] * (len(more) - len(counts)))
     for index, count in enumerate(more):
         counts[index] += count
@@ -171,19 +189,37 @@ class GenerationStatistics:
         return self._by_specialist("accepted")
 
     @property
+    def seconds(self) -> dict[str, float]:
+        """Time by part, see [`CallRecord`]."""
+        return {part: sum(record.seconds[part] for record in self.records) for part in PARTS}
+
+    @property
+    def pass_seconds(self) -> list[float]:
+        """Time of the draft passes, by draft position."""
+        total: list[float] = []
+        for record in self.records:
+            _add(total, record.pass_seconds)
+        return total
+
+    @property
+    def passes(self) -> int:
+        """Passes of the target over drafts; a batch's counts once, unlike in `rounds`."""
+        return sum(record.rounds for record in self.records)
+
+    @property
     def drafting_seconds(self) -> float:
         """Time in the drafter: extending its context, its passes, the tree."""
-        return sum(record.seconds["drafting"] for record in self.records)
+        return sum(self.seconds[part] for part in DRAFTING)
 
     @property
     def verifying_seconds(self) -> float:
         """Time in the target's passes, the prompt's included."""
-        return sum(record.seconds["verifying"] for record in self.records)
+        return sum(self.seconds[part] for part in VERIFYING)
 
     @property
     def other_seconds(self) -> float:
         """All other time of the decoding loop: picking tokens, caches, streaming."""
-        return sum(record.seconds["other"] for record in self.records)
+        return sum(self.seconds.values()) - self.drafting_seconds - self.verifying_seconds
 
     def _total(self, name: str) -> list[int]:
         total: list[int] = []

@@ -1,6 +1,8 @@
 """The walk over a verified tree: which path is accepted, which token follows, and when a row ends."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from transformers import LogitsProcessorList
@@ -12,8 +14,20 @@ from transformers.generation import (
     StopStringCriteria,
 )
 
+from .draft_tree import DraftTree
+from .transfers import upload
 
-__all__ = ["StopCheck", "TokenPicker", "TokenRows", "Walk", "walk_all"]
+
+__all__ = [
+    "StopCheck",
+    "TokenPicker",
+    "TokenRows",
+    "Walk",
+    "confirmed_paths",
+    "greedy_picks",
+    "scripted_picks",
+    "walk_all",
+]
 
 Agree = Callable[[list[int]], list[int]]
 
@@ -25,6 +39,8 @@ def _alone(values: list[int]) -> list[int]:
 class TokenRows:
     """The tokens of a batch whose rows grow at their own pace, left-aligned; padding behind a row's end.
 
+    New tokens are gathered on the host, and go to the device together when somebody reads a row there.
+
     Args:
         input_ids: the prompts, int64 [rows, tokens].
         pad_token_id: what stands behind a finished row.
@@ -35,34 +51,43 @@ class TokenRows:
         self.lengths = [input_ids.shape[1]] * input_ids.shape[0]
         self._pad = pad_token_id
         self._tokens = input_ids
+        self._new: list[list[int]] = [[] for _ in self.lengths]
 
-    def append(self, row: int, tokens: Sequence[int]) -> None:
-        """Adds tokens at the end of a row."""
-        start, end = self.lengths[row], self.lengths[row] + len(tokens)
-        if end > self._tokens.shape[1]:  # also keeps the caller's prompt from being written to
-            longer = self._tokens.new_full((len(self.lengths), end + end // 2 + 64), self._pad)
-            longer[:, : self._tokens.shape[1]] = self._tokens
-            self._tokens = longer
-        if len(tokens) == 1:
-            self._tokens[row, start] = tokens[0]
-        else:
-            self._tokens[row, start:end] = torch.tensor(tokens, device=self._tokens.device)
-        self.lengths[row] = end
+    def append(self, row: int, token: int) -> None:
+        """Adds a token at the end of a row."""
+        self._new[row].append(token)
+        self.lengths[row] += 1
 
     def cut(self, row: int, length: int) -> None:
         """Takes back what a row has behind `length`."""
+        self._write()
         self._tokens[row, length : self.lengths[row]] = self._pad
         self.lengths[row] = length
 
     def prefix(self, row: int) -> torch.LongTensor:
         """int64 [1, tokens]: a row as it is now."""
+        self._write()
         return self._tokens[row : row + 1, : self.lengths[row]]
 
     def up_to(self, length: int) -> torch.LongTensor:
         """int64 [rows, length]: all rows, cut off or padded."""
+        self._write()
         if length > self._tokens.shape[1]:
             raise ValueError(f"No row has {length} tokens; the longest has {max(self.lengths)}.")
         return self._tokens[:, :length]
+
+    def _write(self) -> None:
+        if not any(self._new):
+            return
+        end = max(self.lengths)
+        if end > self._tokens.shape[1]:  # also keeps the caller's prompt from being written to
+            longer = self._tokens.new_full((len(self.lengths), end + end // 2 + 64), self._pad)
+            longer[:, : self._tokens.shape[1]] = self._tokens
+            self._tokens = longer
+        for row, (new, length) in enumerate(zip(self._new, self.lengths, strict=True)):
+            if new:
+                self._tokens[row, length - len(new) : length] = upload(new, self._tokens.device)
+                new.clear()
 
 
 class TokenPicker:
@@ -226,14 +251,11 @@ class Walk:
     token.
 
     Args:
-        nodes: token of each node, the root first.
-        parents: parent of each node.
         row: of the batch.
         tokens: of the batch; the row's last one is the root. The emitted ones are appended.
         stop: asked after every token.
         picker: how the target picks.
-        logits: [nodes, vocab] of the target at every node.
-        picks: the target's token at every node, where it depends on nothing else.
+        step: gives for a node the target's pick there, and the child that carries it, None if none does.
 
     Attributes:
         path: nodes whose keys and values the target keeps, the root first; one for each emitted token.
@@ -245,38 +267,134 @@ class Walk:
 
     def __init__(
         self,
-        nodes: Sequence[int],
-        parents: Sequence[int],
         row: int,
         tokens: TokenRows,
         stop: StopCheck,
         picker: TokenPicker,
-        logits: torch.Tensor,
-        picks: Sequence[int] | None = None,
+        step: Callable[[int], tuple[int, int | None]],
     ):
-        pairs = enumerate(zip(parents, nodes, strict=True))
-        self._children = {(parent, token): node for node, (parent, token) in pairs if node}
-        self._row, self._tokens, self._stop, self._picker = row, tokens, stop, picker
-        self._logits, self._picks = logits, picks
+        self._row, self._tokens, self._stop, self._picker, self._step = row, tokens, stop, picker, step
         self.path: list[int] = []
         self.emitted: list[int] = []
         self.accepted = 0
         self.node: int | None = 0
         self.ended = False
 
+    @classmethod
+    def along(
+        cls,
+        path: Sequence[int],
+        emitted: Sequence[int],
+        row: int,
+        tokens: TokenRows,
+        stop: StopCheck,
+        picker: TokenPicker,
+    ) -> "Walk":
+        """A walk whose way is known, see [`confirmed_paths`].
+
+        Args:
+            path: nodes, the root first.
+            emitted: the target's pick at each.
+        """
+        steps = dict(zip(path, zip(emitted, [*path[1:], None], strict=True), strict=True))
+        return cls(row, tokens, stop, picker, steps.__getitem__)
+
+    @classmethod
+    def picking(
+        cls,
+        nodes: Sequence[int],
+        parents: Sequence[int],
+        logits: torch.Tensor,
+        row: int,
+        tokens: TokenRows,
+        stop: StopCheck,
+        picker: TokenPicker,
+    ) -> "Walk":
+        """A walk whose every pick waits for the one before: it is drawn, kept, or depends on the prefix.
+
+        Args:
+            nodes: token of each node, the root first.
+            parents: parent of each node.
+            logits: [nodes, vocab] of the target at every node.
+        """
+
+        def step(node: int) -> tuple[int, int | None]:
+            token = picker.pick(tokens.prefix(row), logits[node : node + 1])
+            return token, _child(nodes, parents, node, token)
+
+        return cls(row, tokens, stop, picker, step)
+
     def advance(self) -> None:
         """One token further."""
-        row, node = self._row, self.node
-        if self._picks is None:
-            token = self._picker.pick(self._tokens.prefix(row), self._logits[node : node + 1])
-        else:
-            token = self._picks[node]
-        self._tokens.append(row, [token])
+        self.path.append(self.node)
+        token, self.node = self._step(self.node)
+        self._tokens.append(self._row, token)
         self.emitted.append(token)
-        self.path.append(node)
-        self.node = self._children.get((node, token))
         self.accepted += self.node is not None
-        self.ended = self._stop(row, token, self._tokens, self._picker.scores)
+        self.ended = self._stop(self._row, token, self._tokens, self._picker.scores)
+
+
+def _child(nodes: Sequence[int], parents: Sequence[int], node: int, token: int) -> int | None:
+    """The child of a node that carries a token, None if there is none."""
+    child = node
+    while token in nodes[child + 1 :]:
+        child = nodes.index(token, child + 1)
+        if parents[child] == node:
+            return child
+    return None
+
+
+def confirmed_paths(tree: DraftTree, picks: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """The way of a walk whose picks are all known, on the device.
+
+    A node is confirmed if it and all of its ancestors carry the picks at their parents. Siblings carry different
+    tokens, so these nodes are one path.
+
+    Args:
+        tree: the nodes, [rows, nodes].
+        picks: int64 [rows, nodes], the target's token at every node.
+
+    Returns:
+        int64 [rows]: nodes on the path, the root included; and int64 [rows, max_depth + 1]: the path, whose first ones
+        count.
+    """
+    rows, nodes = tree.tokens.shape
+    missed = tree.tokens != picks.gather(1, tree.parents)
+    index = torch.arange(nodes, device=picks.device)
+    missed = missed & (index > 0)  # nobody picks the root
+    confirmed = ~(tree.ancestors & missed[:, None]).any(-1)  # [rows, nodes]
+    order = torch.where(confirmed, index, nodes).sort(dim=-1).values[:, : tree.max_depth + 1]
+    return confirmed.sum(-1), order.clamp(max=nodes - 1)
+
+
+class _Script(threading.local):
+    def __init__(self):
+        self.function: Callable[[DraftTree, torch.LongTensor], torch.LongTensor] | None = None
+
+
+_script = _Script()
+
+
+@contextlib.contextmanager
+def scripted_picks(function: Callable[[DraftTree, torch.LongTensor], torch.LongTensor]) -> Iterator[None]:
+    """For measurements of what a round costs: the greedy picks of the target are replaced, in this thread.
+
+    Calls that sample or process logits pick as ever.
+
+    Args:
+        function: takes a tree and the picks int64 [rows, nodes], on the device; returns others.
+    """
+    before, _script.function = _script.function, function
+    try:
+        yield
+    finally:
+        _script.function = before
+
+
+def greedy_picks(tree: DraftTree, logits: torch.Tensor) -> torch.LongTensor:
+    """int64 [rows, nodes]: the target's most likely token at every node, from its logits [rows, nodes, vocab]."""
+    picks = logits.argmax(-1).to(tree.tokens.device)
+    return picks if _script.function is None else _script.function(tree, picks)
 
 
 def walk_all(walks: Sequence[Walk], in_step: bool = False) -> None:

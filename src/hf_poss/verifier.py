@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -14,6 +13,7 @@ from .draft_tree import DraftTree
 from .limits import last_position
 from .masks import LayerKinds, chain_mask, tree_masks
 from .prompt import Prompt, takes_positions
+from .transfers import upload
 
 
 __all__ = ["Verifier", "mask_obstacle"]
@@ -68,16 +68,19 @@ class Verifier:
             prompt: of the call.
         """
         columns, device, nodes = cache.columns, input_device(self.target), tree.tokens.shape[1]
-        rows = torch.tensor(columns.rows[: columns.active], device=prompt.mask.device)
-        lengths = torch.tensor(columns.lengths[: columns.active], device=device)
-        context = columns.in_use(device)
+        rows = columns.rows[: columns.active]
+        # The mask and the positions of a prompt are read in the order of the slots, once that is another one.
+        slots = slice(None) if rows == list(range(len(columns.rows))) else upload(rows, prompt.mask.device)
+        lengths = upload(columns.lengths[: columns.active], device)
+        context = columns.in_use(device) if prompt.is_padded or columns.ragged else None
         if prompt.is_padded:
-            known = prompt.mask[rows].to(device)[:, : context.shape[1]]
+            known = prompt.mask[slots].to(device)[:, : context.shape[1]]
             context[:, : known.shape[1]] &= known
         if self.takes_trees:
-            mask = tree_masks(self.kinds, tree, context, lengths, prompt.padding[rows].to(device), self.target.dtype)
+            padding = prompt.padding[slots].to(device)
+            mask = tree_masks(self.kinds, tree, context, columns.start, lengths, padding, self.target.dtype)
         else:
-            mask = chain_mask(context, nodes) if prompt.is_padded or columns.ragged else None
+            mask = None if context is None else chain_mask(context, nodes)
         inputs = {
             "input_ids": tree.tokens.to(device),
             "attention_mask": mask,
@@ -86,7 +89,7 @@ class Verifier:
             "return_dict": True,
         }
         if prompt.positions is not None:
-            first = prompt.positions[..., rows].to(device) + lengths - prompt.mask.shape[1] + 1
+            first = prompt.positions[..., slots].to(device) + lengths - prompt.mask.shape[1] + 1
             positions = first[..., None] + tree.depths.to(device)
             limit = last_position(self.target)
             if limit is not None:  # only where other processes need a draft of full depth does it reach beyond

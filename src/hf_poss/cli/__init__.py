@@ -9,11 +9,13 @@ __all__ = ["main"]
 
 COMMANDS = {
     "demo": "complete held-out code with the pair that ships with the package",
+    "benchmark": "time all ways to decode in turns, and break a round down",
     "generate": "complete a prompt with a target and its specialists",
     "train": "train specialists for a target, from chats or text to a model card",
     "regenerate": "let a target write the answers of a dataset itself",
     "extract": "store a target's features of a dataset, for training without running it",
     "convert": "turn a published PosS, EAGLE or HASS checkpoint into this package's layout",
+    "vocabulary": "make saved specialists draft from the most frequent tokens of a dataset",
     "card": "write the model card of a folder from what is recorded there",
     "push": "upload specialists to the Hub, with their model card",
 }
