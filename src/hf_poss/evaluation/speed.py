@@ -1,7 +1,6 @@
 """Paired timing of `generate` with and without position specialists."""
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_poss import PosSModel
 from ..statistics import GenerationStatistics, collect_statistics
+from .timing import timed_generate
 
 
 __all__ = ["SpeedComparison", "compare_speed"]
@@ -79,12 +79,10 @@ def compare_speed(
     """
 
     def run(assistant: dict[str, Any]) -> tuple[torch.LongTensor, float]:
-        start = time.perf_counter()
-        output = target.generate(**inputs, **assistant, **generate_kwargs)[0].cpu()  # waits for the device
-        seconds = time.perf_counter() - start
+        output, seconds = timed_generate(target, inputs, **assistant, **generate_kwargs)
         if on_run is not None:
             on_run()
-        return output, seconds
+        return output[0], seconds
 
     with collect_statistics() as stats:
         poss_output, _ = run({"assistant_model": poss})
