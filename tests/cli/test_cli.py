@@ -70,6 +70,30 @@ def test_generate_writes_what_the_target_writes(pair, tokenizer, capsys):
         assert told in output
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [["--depth", "auto", "--total_tokens", "auto"], ["--depth", "3"], ["--cache_implementation", "static"]],
+    ids=["auto", "fixed", "static"],
+)
+def test_generate_writes_the_same_whatever_is_drafted(pair, knobs, capsys):
+    command = ["generate", "--target", f"{pair}/target", "--poss", f"{pair}/poss", "--prompt", "w5 w6"]
+    command += ["--max_new_tokens", "12"]
+
+    def text() -> str:
+        return capsys.readouterr().out.split("\n\n")[0]
+
+    assert main(command) == 0
+    expected = text()
+    assert main([*command, *knobs]) == 0
+    assert text() == expected
+
+
+def test_generate_takes_no_other_words_for_sizes(pair, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "--target", "a", "--poss", "b", "--prompt", "c", "--depth", "deep"])
+    assert "'deep' is neither an integer nor auto" in capsys.readouterr().err
+
+
 def test_generate_says_what_is_wrong(pair, tmp_path, capsys):
     other = make_target("llama")
     other.resize_token_embeddings(VOCAB_SIZE + 3)

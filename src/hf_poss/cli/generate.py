@@ -143,10 +143,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--positions_per_specialist", type=int, help="for published checkpoints that do not say it")
-    parser.add_argument("--depth", type=int, help="draft positions a round (default: all that were trained)")
+    parser.add_argument(
+        "--depth", type=_size, help="draft positions a round, or auto (default: all that were trained)"
+    )
     parser.add_argument("--top_k", type=int, help="branches a node; 1 is a chain")
-    parser.add_argument("--total_tokens", type=int, help="nodes verified a round")
+    parser.add_argument("--total_tokens", type=_size, help="nodes verified a round, or auto")
+    parser.add_argument(
+        "--cache_implementation", choices=("dynamic", "static"), help="static: fixed shapes, compiled on a GPU"
+    )
     parser.add_argument("--compare", action="store_true", help="time it against plain generate, three paired runs")
+
+
+def _size(value: str) -> int | str:
+    if value != "auto" and not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"{value!r} is neither an integer nor auto")
+    return value if value == "auto" else int(value)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -183,6 +194,8 @@ def run(args: argparse.Namespace) -> int:
     inputs = {name: inputs[name].to(target.device) for name in ("input_ids", "attention_mask")}
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     knobs = {"max_new_tokens": args.max_new_tokens, **(sampling if args.temperature else {"do_sample": False})}
+    if args.cache_implementation is not None:
+        knobs["cache_implementation"] = args.cache_implementation
 
     transformers.set_seed(args.seed)
     with collect_statistics() as stats:
