@@ -13,6 +13,7 @@ from hf_poss.round_costs import (
     CostKey,
     RoundCosts,
     context_bucket,
+    convex,
     known_costs,
     measure_curve,
     non_decreasing,
@@ -20,6 +21,33 @@ from hf_poss.round_costs import (
 
 
 # ---- Curves ----
+
+
+def test_the_convex_curve_is_the_highest_convex_one_below():
+    """From two tokens on, against brute force: the lowest chord over every size. One token keeps its time."""
+    source = random.Random(1)
+    for _ in range(50):
+        sizes = sorted(source.sample(range(2, 60), source.randint(1, 8)))
+        sizes = [1, *sizes] if source.random() < 0.7 else sizes
+        curve = CostCurve(sizes, [source.uniform(1, 2) + size / 10 for size in sizes])
+        found = convex(curve)
+        rest = [(size, seconds) for size, seconds in zip(curve.sizes, curve.seconds, strict=True) if size > 1]
+        for size, seconds in rest:
+            chords = [
+                left + (right - left) * (size - low) / (high - low)
+                for low, left in rest
+                for high, right in rest
+                if low < size < high
+            ]
+            assert found(size) == pytest.approx(min([seconds, *chords]))
+        if sizes[0] == 1:
+            assert found(1) == curve.seconds[0]
+
+
+def test_a_bump_does_not_keep_rounds_at_the_size_before_it():
+    curve = convex(CostCurve([1, 2, 4, 8, 16], [8.0, 10.0, 10.1, 11.5, 11.6]))
+    assert curve(8) == pytest.approx(10.1 + (11.6 - 10.1) * 4 / 12)
+    assert curve(1) == 8.0
 
 
 def test_nearest_non_decreasing_sequence():

@@ -136,7 +136,8 @@ class KeyValueBuffer:
         if self.group is not None:
             self.group.grow(end)
         else:
-            self.states = _grown(self.states, _capacity(end, self.limit, self.fixed), like)
+            with torch.inference_mode(torch.is_inference_mode_enabled() and not self.fixed):  # these outlive the call
+                self.states = _grown(self.states, _capacity(end, self.limit, self.fixed), like)
             if self.fixed:
                 for states in self.states:
                     mark_static(states)

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from .compatibility import (
 )
 from .configuration_poss import eos_token_ids
 from .context_memory import CachedFeatures, FeatureHistory, recall
-from .draft_planner import DraftPlanner, RoundPlan, planner_for
+from .draft_planner import RoundPlan
 from .draft_tree import DraftTree
 from .limits import check_memory, check_positions, rope_obstacle
 from .modeling_poss import PosSModel, adapter_obstacle
@@ -33,9 +32,9 @@ from .outputs import RowOutputs, stacked
 from .pending_context import PendingContext
 from .prompt import Prompt, columns_of
 from .ranks import Ranks
-from .round_costs import CostKey, RoundCosts, context_bucket, known_costs, measure_curve
+from .round_sizes import RoundSizes
 from .row_processors import processors_by_row
-from .static_rounds import StaticBuffers, bucket, is_static
+from .static_rounds import StaticBuffers, bucket, is_static, outside_inference_mode
 from .statistics import CallRecord, recorded_call
 from .transfers import read_together, upload
 from .verification import StopCheck, TokenPicker, TokenRows, Walk, confirmed_paths, greedy_picks, walk_all
@@ -45,12 +44,6 @@ from .verifier import Verifier, mask_obstacle
 __all__ = ["decode"]
 
 logger = logging.get_logger(__name__)
-
-# Sizes of verification that are timed, and, where each is compiled, the only ones.
-NODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96)
-STATIC_SIZES = (1, 8, 16, 32, 64)
-
-_DRAFTS_TIMED = 5
 
 # Tokens that the specialists are not told of while nothing is drafted.
 MOST_PENDING = 512
@@ -116,25 +109,29 @@ def decode(
     first = settings.up_to(max(config.max_length - input_ids.shape[1] - 1, 1))
     check_memory(target, first.depth, first.top_k, first.total_tokens, rows, input_ids.shape[1])
 
-    drafter = PosSCandidateGenerator(
-        input_ids,
-        assistant_model,
-        config,
-        model_kwargs,
-        target,
-        inputs_tensor,
-        logits_processor,
-        compile_settings(target, config, model_kwargs) if static else None,
-    )
-    widest = max(settings.total_tokens, settings.depth + 1)
-    limit = prompt.hidden + config.max_length + widest
+    mode = outside_inference_mode if static else contextlib.nullcontext
+    with mode():
+        drafter = PosSCandidateGenerator(
+            input_ids,
+            assistant_model,
+            config,
+            model_kwargs,
+            target,
+            inputs_tensor,
+            logits_processor,
+            compile_settings(target, config, model_kwargs) if static else None,
+        )
+    longest = prompt.hidden + config.max_length
     specialists = assistant_model.config
     with contextlib.ExitStack() as stack:
-        buffers = stack.enter_context(_fixed(target, drafter, settings, model_kwargs, rows, limit)) if static else None
+        buffers = None
+        if static:  # a round's entries are made `depth + 1` at a time, however many count
+            fixed = _fixed(target, drafter, settings, model_kwargs, rows, longest + settings.depth + 1)
+            buffers = stack.enter_context(fixed)
         cache = TargetCache(
             model_kwargs["past_key_values"],
             rows,
-            limit,
+            longest + max(settings.total_tokens, settings.depth + 1),
             None if buffers is None else buffers.layers,
             outlives=outlives_call(model_kwargs["past_key_values"], config),
         )
@@ -177,9 +174,10 @@ def decode(
             record,
             streamer,
             capacity,
-            _planner(target, assistant_model, settings) if settings.is_auto else None,
+            RoundSizes(target, drafter, settings, verifier, cache, prompt, capacity) if settings.is_auto else None,
         )
-        outputs = loop.run(input_ids, model_kwargs, config, synced_gpus)
+        with mode():
+            outputs = loop.run(input_ids, model_kwargs, config, synced_gpus)
 
     length = stop.limit
     sequences = text.up_to(length).clone()
@@ -223,19 +221,6 @@ def _fixed(
         yield buffers
 
 
-def _planner(target: PreTrainedModel, poss: PosSModel, settings: DraftSettings) -> DraftPlanner:
-    settings = settings.up_to(settings.depth)
-    return planner_for(
-        target,
-        poss,
-        settings.depth,
-        settings.total_tokens,
-        depth=None if settings.auto_depth else settings.depth,
-        nodes=None if settings.auto_nodes or settings.is_chain else settings.total_tokens,
-        top_k=settings.top_k,
-    )
-
-
 def _generators(rows: int, device: torch.device) -> list[torch.Generator | None]:
     """One source of randomness a row, so that a row's draws do not depend on how far its neighbours got. A single row
     draws from torch's default generator, as it would without drafts."""
@@ -263,14 +248,14 @@ class _Loop:
         record: CallRecord | None,
         streamer: Any,
         capacity: int | None,
-        planner: DraftPlanner | None,
+        sizes: RoundSizes | None,
     ):
         self.target, self.drafter, self.settings, self.verifier = target, drafter, settings, verifier
         self.prompt, self.cache, self.text, self.stop, self.pickers = prompt, cache, text, stop, pickers
         self.ranks, self.record, self.streamer = ranks, record, streamer
         self.capacity = capacity  # columns for context where shapes are fixed
         self.functions = drafter.functions
-        self.planner = planner
+        self.sizes = sizes
         self.streamed = text.prompt_length
 
     def run(
@@ -302,9 +287,9 @@ class _Loop:
             if not sequences_left(self.target, not unfinished, synced_gpus, input_ids.device):
                 break
             start = time.perf_counter()
-            self._begin_graphs()
+            self.functions.begin()
             depth = self._room(full=synced_gpus)
-            plan = None if self.planner is None else self._plan(depth, pending, flags)
+            plan = None if self.sizes is None else self._plan(depth, pending, flags)
             drafts = depth > 0 and (plan is None or plan.depth > 0)
             if drafts or pending.most > MOST_PENDING or self.columns.capacity != self.capacity:
                 self._extend(pending)
@@ -335,7 +320,7 @@ class _Loop:
             else:
                 pending = read
             if plan is not None:
-                self._observe(plan, depths, likely, walks, time.perf_counter() - start)
+                self.sizes.observe(plan, depths, likely, walks, time.perf_counter() - start)
         if outlives:
             self._read_ends(flags, history, synced_gpus)
         self._finish(history, tokens)
@@ -344,11 +329,6 @@ class _Loop:
     @property
     def columns(self) -> Columns:
         return self.cache.columns
-
-    def _begin_graphs(self) -> None:
-        """Lets CUDA graphs use again what they returned before: all of it has been read or copied."""
-        if self.functions.is_compiled:
-            torch.compiler.cudagraph_mark_step_begin()
 
     def _enter(self, part: str, position: int = 0) -> None:
         if self.record is not None:
@@ -503,106 +483,15 @@ class _Loop:
         roots = upload(newest, self.drafter.device)
         return self.ranks.agree_on_tree(self.drafter.draft(roots, self.settings.up_to(depth), self._enter, plan))
 
-    # ---- Drafts whose size is chosen ----
-
     def _plan(self, depth: int, pending: PendingContext, flags: dict[str, Any]) -> RoundPlan:
         """How much to draft in this round."""
         rows = sum(self._goes_on(row) for row in self.columns.rows[: self.columns.active])
-        # Reading what is drafted costs a CPU nothing; another device would wait for its host after every pass.
-        ahead = self.drafter.device.type != "cpu" or self.capacity is not None
-        plan = self.planner.begin_round(self._costs(pending, flags), max(rows, 1), room=depth, ahead=ahead)
-        if plan.size is not None and self.capacity is not None:  # few sizes, as each is compiled
-            sizes = self._sizes()
-            plan.size = next((size for size in sizes if size >= plan.size), sizes[-1])
-        return plan
 
-    def _sizes(self) -> list[int]:
-        """Nodes of the passes that are timed and, where each size is compiled, of all that there are."""
-        settings = self.settings.up_to(self.settings.depth)
-        largest = [settings.most_nodes(depth) for depth in range(1, settings.depth + 1)]
-        sizes = NODE_SIZES if self.capacity is None else (*STATIC_SIZES, *largest)
-        return sorted({size for size in sizes if size < largest[-1]} | {largest[-1]})
-
-    def _costs(self, pending: PendingContext, flags: dict[str, Any]) -> RoundCosts:
-        """Prices of a round at this length of the context, measured where they are not known."""
-        columns, functions = self.columns, self.functions
-        if self.capacity is None:
-            rows, context, mode = 1 << (columns.active - 1).bit_length(), context_bucket(columns.width), "eager"
-        else:
-            rows, context, mode = columns.active, self.capacity, "compiled" if functions.is_compiled else "static"
-        key = CostKey(str(self.drafter.device), str(self.target.dtype), rows, context, mode)
-        # Measuring compiles every size, so it is done for each set of functions that is compiled apart.
-        known = known_costs(functions if functions.is_compiled else self.target)
-        if key not in known:
-            if pending.most:
-                self._extend(pending)
+        def read() -> None:
+            self._extend(pending)
             self._enter("other")
-            known[key] = self._measure(pending, flags)
-        return known[key]
 
-    def _measure(self, pending: PendingContext, flags: dict[str, Any]) -> RoundCosts:
-        """Times passes of the target over nodes that nobody keeps, and draft passes, where the texts are now."""
-        roots, settings = upload(pending.newest, self.drafter.device), self.settings
-        sizes = self._sizes()
-
-        def verify(size: int) -> None:
-            self._begin_graphs()
-            tree = DraftTree.star(roots, size)
-            inputs = self.verifier.inputs(tree, self.cache, self.prompt)
-            self.functions.verify(size, {**inputs, **flags})
-
-        if self.functions.is_compiled:  # what need not be timed, rounds to come may need
-            for size in sizes:
-                verify(size)
-            rows, entries = len(pending.newest), settings.depth + 1
-            nothing = pending.features.new_zeros(rows, entries, pending.features.shape[2])
-            self.drafter.extend_context(nothing, roots.new_zeros(rows, entries), [0] * rows, entries)
-        verification = measure_curve(verify, sizes, self._synchronize, repeats=3, seconds=0.5)
-        # Drafts are timed behind a pass of the target, which leaves nothing of them in a processor's caches.
-        depths = (1, settings.depth) if self.capacity is None else (settings.depth,)
-        times: dict[int, list[float]] = {depth: [] for depth in depths}
-        for _ in range(_DRAFTS_TIMED):
-            for depth in depths:
-                verify(sizes[0])
-                self._synchronize()
-                start = time.perf_counter()
-                self.drafter.draft(roots, replace(settings, depth=depth))
-                self._synchronize()
-                times[depth].append(time.perf_counter() - start)
-        longest = statistics.median(times[settings.depth])
-        # One pass's worth is choosing the nodes, where fixed shapes leave nothing to compare.
-        shortest = statistics.median(times[1]) if len(depths) == 2 else 2 * longest / (settings.depth + 1)
-        each = max(longest - shortest, 0.0) / max(settings.depth - 1, 1)
-        # Extending the context is fc and projections of a few entries: about a pass.
-        return RoundCosts(verification(1), verification, each, context=each, overhead=max(shortest - each, 0.0))
-
-    def _synchronize(self) -> None:
-        if self.drafter.device.type != "cpu":
-            torch.accelerator.synchronize(self.drafter.device)
-
-    def _observe(
-        self,
-        plan: RoundPlan,
-        depths: Sequence[Sequence[int]],
-        likely: Sequence[tuple[Sequence[float], Sequence[int]]],
-        walks: Sequence[Walk | None],
-        seconds: float,
-    ) -> None:
-        """Tells the planner what of a draft was accepted.
-
-        Args:
-            likely: for each slot scores of the nodes below the root, then of what was drafted and not verified; and
-                draft positions of the latter.
-        """
-        its_depths, scores, accepted = [], [], []
-        for own, (own_scores, others), walk in zip(depths, likely, walks, strict=True):
-            if walk is None:
-                continue
-            path = {*walk.path[1:], walk.node}
-            its_depths.append([*own[1:], *others])
-            scores.append(list(own_scores))
-            accepted.append([node in path for node in range(1, len(own))])
-        self.planner.observe(plan, its_depths, scores, accepted, seconds)
+        return self.sizes.plan(max(rows, 1), depth, pending, read, flags)
 
     # ---- The walk ----
 
@@ -610,7 +499,7 @@ class _Loop:
         self, tree: DraftTree, logits: torch.Tensor, plan: RoundPlan | None
     ) -> tuple[list[Walk | None], list[list[int]], list[tuple[list[float], list[int]]]]:
         """Walks of the active slots, None for one that is finished and waits for others; the depth of every node; and
-        what a planner wants to know, see [`_Loop._observe`].
+        what a planner wants to know, see [`RoundSizes.observe`].
 
         Where picks depend on nothing but logits, all ways are found on the device, and reading them is the one time
         that a round waits for it. Else every pick is waited for, as in plain decoding.
@@ -683,9 +572,10 @@ class _Loop:
         if self.streamer is None:
             return
         settled = self.stop.settled(self.text)
-        for step in range(self.streamed, settled):
-            self.streamer.put(self.text.up_to(settled)[:, step].cpu())
-        self.streamed = max(self.streamed, settled)
+        if settled > self.streamed:
+            for tokens in self.text.up_to(settled)[:, self.streamed :].cpu().unbind(dim=1):
+                self.streamer.put(tokens)
+            self.streamed = settled
 
     def _scores_up_to(self, length: int) -> tuple[torch.Tensor, ...] | None:
         if self.pickers[0].scores is None:

@@ -107,7 +107,7 @@ class Pace:
     def _checks(self, budget: TrialBudget) -> bool:
         """Whether a plain step is due, to see how long it takes by now."""
         self._unchecked += bool(self._late)  # where nobody tells times, there is nothing to see
-        if self._unchecked <= self._check_gap or not budget.allows(self.plain):
+        if self._unchecked <= self._check_gap or not self.speed or not budget.allows(self.plain):
             return False
         self._unchecked, self._check_gap = 0, min(2 * self._check_gap, self.LAST_CHECK)
         budget.lost += max(self.plain - 1 / self.speed, 0.0)

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 
-__all__ = ["CostCurve", "CostKey", "RoundCosts", "context_bucket", "known_costs", "measure_curve", "non_decreasing"]
+__all__ = [
+    "CostCurve",
+    "CostKey",
+    "RoundCosts",
+    "context_bucket",
+    "convex",
+    "known_costs",
+    "measure_curve",
+    "non_decreasing",
+]
 
 # Below this context, attention's share of a pass is too small to be worth a measurement of its own.
 SMALLEST_BUCKET = 256
@@ -187,6 +196,28 @@ def measure_curve(
     return CostCurve(
         list(times), non_decreasing([statistics.median(times[size]) for size in times], [1.0] * len(times))
     )
+
+
+def convex(curve: CostCurve) -> CostCurve:
+    """The curve without what noise makes of it: from two tokens on, its lower convex hull.
+
+    More tokens may at first be free and dear later, so a size between two others costs no more than the line between
+    them. A measured bump would otherwise keep all rounds at the size before it. One token stays as it is: its pass may
+    be of another kind.
+    """
+    single = [(size, second) for size, second in zip(curve.sizes, curve.seconds, strict=True) if size == 1]
+    hull: list[tuple[int, float]] = []
+    for size, second in zip(curve.sizes, curve.seconds, strict=True):
+        if size == 1:
+            continue
+        # The last point goes if it lies on or above the line from the one before it to the new one.
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (size - hull[-2][0]) >= (second - hull[-2][1]) * (
+            hull[-1][0] - hull[-2][0]
+        ):
+            hull.pop()
+        hull.append((size, second))
+    sizes, seconds = zip(*single, *hull, strict=True)
+    return CostCurve(sizes, seconds)
 
 
 def _affordable(sizes: list[int], first: float, seconds: float) -> list[int]:

@@ -21,7 +21,7 @@ from .modeling_poss import PosSModel, TargetReference
 from .verification import confirmed_paths
 
 
-__all__ = ["RoundFunctions", "StaticBuffers", "bucket", "is_static", "round_functions"]
+__all__ = ["RoundFunctions", "StaticBuffers", "bucket", "is_static", "outside_inference_mode", "round_functions"]
 
 _FIRST_BUCKET = 256
 
@@ -31,13 +31,20 @@ def is_static(cache: Cache) -> bool:
     return isinstance(cache, StaticCache)
 
 
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """What outlives a call must not be bound to the inference mode that the call was made in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def bucket(columns: int) -> int:
-    """The size that stands for all sizes up to it, so that calls of other lengths run what was compiled: 256, 384,
-    512, 768, 1024 and so on, never more than half too large."""
-    size = _FIRST_BUCKET
-    while size < columns:
-        size *= 2
-    return size * 3 // 4 if size > _FIRST_BUCKET and columns <= size * 3 // 4 else size
+    """The size that stands for all sizes up to it, so that calls of other lengths run what was compiled: 256, 320,
+    384, 448, 512, 640, 768 and so on, four for each doubling, so that none is more than a quarter too large."""
+    step = _FIRST_BUCKET // 4
+    while 8 * step < columns:
+        step *= 2
+    return max(-(-columns // step) * step, _FIRST_BUCKET)
 
 
 @dataclass
@@ -117,6 +124,11 @@ class RoundFunctions:
     @property
     def is_compiled(self) -> bool:
         return self.settings is not None
+
+    def begin(self) -> None:
+        """Begins a round: CUDA graphs may use again what they returned in the one before, all of it read or copied."""
+        if self.is_compiled:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def refresh(self, reference: TargetReference, head: DraftHead) -> None:
         """Takes weights as they are now, for another call."""
