@@ -252,10 +252,11 @@ _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def known_costs(target: Any) -> dict[CostKey, RoundCosts]:
-    """What has been measured for a target so far; the caller adds to it. Forgotten together with the target."""
+def known_costs(owner: Any) -> dict[CostKey, RoundCosts]:
+    """What has been measured so far for whatever runs, a target with its drafter; the caller adds to it. Forgotten
+    together with the owner."""
     with _lock:
-        return _known.setdefault(target, {})
+        return _known.setdefault(owner, {})
 
 
 def context_bucket(tokens: int) -> int:

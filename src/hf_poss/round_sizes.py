@@ -121,7 +121,7 @@ class RoundSizes:
             rows, context, mode = columns.active, self.capacity, "compiled" if functions.is_compiled else "static"
         key = CostKey(str(self.drafter.device), str(self.target.dtype), rows, context, mode)
         # Measuring compiles every size, so it is done for each set of functions that is compiled apart.
-        known = known_costs(functions if functions.is_compiled else self.target)
+        known = known_costs(functions if functions.is_compiled else self.planner)
         if key not in known:
             if pending.most:
                 read()
