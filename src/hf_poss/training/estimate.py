@@ -33,7 +33,7 @@ __all__ = [
 # of the drafter, probabilities of the target, and a product of two.
 _LOSS_TENSORS = 5
 # A folder also holds code, configs, the state of random generators and the log.
-_SMALL_FILES = 400 * 2**10
+_SMALL_FILES = 510 * 2**10
 
 
 def parameter_bytes(parameters: Iterable[nn.Parameter | torch.Tensor], device: torch.device | None = None) -> int:
