@@ -163,6 +163,11 @@ def left_padded(prompts: list[torch.LongTensor]) -> dict[str, torch.LongTensor]:
     return {"input_ids": torch.cat(padded), "attention_mask": mask}
 
 
+@pytest.fixture(params=SHAPES)
+def shape(request) -> str:
+    return request.param
+
+
 @pytest.fixture
 def scripted(monkeypatch):
     """Replaces the drafter's guesses: `scripted(text, ...)`, one text a row without padding, makes every draft hold

@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import (
     PAD,
-    SHAPES,
     SMALL_VOCAB,
     drafter_for,
     left_padded,
@@ -50,11 +49,6 @@ PROMPTS = [make_prompt(7, seed=1), make_prompt(3, seed=2), make_prompt(11, seed=
 STAGGERED = {"eos_token_id": [2, 3], "pad_token_id": PAD}
 ONE_AT_ONCE = {"eos_token_id": [2, 6], "pad_token_id": PAD}
 MANY_ENDS = {"eos_token_id": list(range(6)), "pad_token_id": PAD}
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request) -> str:
-    return request.param
 
 
 @pytest.fixture(params=[1, 3], ids=["one_row", "three_rows"])

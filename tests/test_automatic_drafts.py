@@ -8,8 +8,8 @@ import time
 
 import pytest
 import torch
-from conftest import PAD, SHAPES, drafter_for, left_padded, make_poss, make_prompt, small_target
-from test_static_rounds import STATIC, checked_contexts
+from conftest import PAD, drafter_for, make_poss, make_prompt, small_target
+from test_static_rounds import BATCHES, PROMPTS, STAGGERED, STATIC, checked_contexts
 from torch import distributed
 from transformers import GenerationConfig, GenerationMixin, set_seed
 
@@ -22,9 +22,6 @@ from hf_poss.round_costs import CostCurve, RoundCosts
 from hf_poss.verification import scripted_picks
 
 
-PROMPTS = [make_prompt(7, seed=1), make_prompt(3, seed=2), make_prompt(11, seed=3)]
-BATCHES = {"one_row": left_padded(PROMPTS[:1]), "three_rows": left_padded(PROMPTS)}
-STAGGERED = {"eos_token_id": [2, 3], "pad_token_id": PAD}
 KNOBS = {
     "depth": {"num_assistant_tokens": "auto"},
     "nodes": {"draft_total_tokens": "auto"},
@@ -55,11 +52,6 @@ CASES = pytest.mark.parametrize(
     [({}, "depth"), ({}, "nodes"), ({}, "both"), (STATIC, "both")],
     ids=["depth", "nodes", "both", "static"],
 )
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request) -> str:
-    return request.param
 
 
 @pytest.fixture(params=list(BATCHES))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import (
     PAD,
-    SHAPES,
     drafter_for,
     left_padded,
     make_prompt,
@@ -27,11 +26,6 @@ BATCHES = {"one": [7], "three": [9, 4, 12]}
 @pytest.fixture(params=BATCHES)
 def prompts(request) -> dict[str, torch.LongTensor]:
     return left_padded([make_prompt(length, seed=length) for length in BATCHES[request.param]])
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request) -> str:
-    return request.param
 
 
 # ---- What counts ----

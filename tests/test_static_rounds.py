@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import (
     PAD,
-    SHAPES,
     SMALL_VOCAB,
     TARGET_CONFIGS,
     WINDOW_CONFIGS,
@@ -61,11 +60,6 @@ def nothing_compiled() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request) -> str:
-    return request.param
 
 
 @pytest.fixture(params=list(BATCHES))

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import PAD, SHAPES, SMALL_VOCAB, drafter_for, left_padded, small_target, with_slips
+from conftest import PAD, SMALL_VOCAB, drafter_for, left_padded, small_target, with_slips
 from transformers import PreTrainedModel
 
 from hf_poss import PosSCandidateGenerator, collect_statistics
@@ -20,11 +20,6 @@ PROMPT = torch.tensor([[7, 8, 3, 8, 10, 4, 5]])
 @pytest.fixture(scope="module")
 def target() -> PreTrainedModel:
     return small_target()
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request) -> str:
-    return request.param
 
 
 def write(target, poss, number=24, prompt=PROMPT, **kwargs) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPES, TARGET_CONFIGS, drafter_for, left_padded, make_prompt, small_target, widened, with_slips
+from conftest import TARGET_CONFIGS, drafter_for, left_padded, make_prompt, small_target, widened, with_slips
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -35,11 +35,6 @@ from hf_poss.modeling_poss import TargetReference
 
 
 PROMPTS = [make_prompt(7, seed=1), make_prompt(3, seed=2)]
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request) -> str:
-    return request.param
 
 
 @pytest.fixture(params=[1, 2], ids=["one_row", "two_rows"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPES, drafter_for, left_padded, make_poss, make_prompt, make_target, small_target, widened
+from conftest import drafter_for, left_padded, make_poss, make_prompt, make_target, small_target, widened
 from transformers import (
     DynamicCache,
     GenerationMixin,
@@ -23,11 +23,6 @@ from hf_poss import PosSCandidateGenerator, PosSModel, collect_statistics
 
 PROMPTS = [make_prompt(7, seed=1), make_prompt(3, seed=2)]
 HUGE = 10**9
-
-
-@pytest.fixture(params=SHAPES)
-def shape(request) -> str:
-    return request.param
 
 
 @pytest.fixture
