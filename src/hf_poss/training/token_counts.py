@@ -9,6 +9,8 @@ from tqdm.auto import tqdm
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from ..corpus_counts import count_ids
+
 
 __all__ = ["token_counts"]
 
@@ -35,13 +37,7 @@ def token_counts(dataset: Any, vocab_size: int, max_samples: int | None = None) 
     counts = torch.zeros(vocab_size, dtype=torch.long)
     with tqdm(desc="Counting tokens", unit="samples", total=total) as bar:
         for ids, labels, samples in _token_batches(dataset, max_samples):
-            ids = ids[labels != -100]
-            if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-                raise ValueError(
-                    f"The dataset has tokens {int(ids.min())} to {int(ids.max())}; expected 0 to {vocab_size - 1}, "
-                    "the target's vocabulary. Is it tokenized with the target's tokenizer?"
-                )
-            counts += torch.bincount(ids, minlength=vocab_size)
+            counts += count_ids(ids[labels != -100], vocab_size)
             bar.update(samples)
     return counts
 
