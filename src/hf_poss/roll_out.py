@@ -12,8 +12,9 @@ __all__ = ["KeysValues", "roll_out_attention"]
 
 # Keys and values of a run of rows, each [batch, key_value_heads, rows, head_dim].
 KeysValues = tuple[torch.Tensor, torch.Tensor]
-# Rows of queries at a time. Memory is rows times this; more of them waste work on keys that are not seen.
+# Rows of queries at a time, the most and the fewest. Memory is rows times this.
 CHUNK_ROWS = 128
+_FEWEST_ROWS = 32
 
 
 def roll_out_attention(
@@ -42,9 +43,11 @@ def roll_out_attention(
         keys, values = (_for_every_head(part, query) for part in streams[0])
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True)
     attend = functools.partial(checkpoint, _attend, use_reentrant=False) if torch.is_grad_enabled() else _attend
+    # A chunk of r rows reads k * r keys of its own, of which each row sees k: no more of them than there is context.
+    chunk = min(CHUNK_ROWS, max(_FEWEST_ROWS, query.shape[-2] // max(k, 1)))
     attended = [
-        attend(query[..., start : start + CHUNK_ROWS, :], streams, start, segment_ids)
-        for start in range(0, query.shape[-2], CHUNK_ROWS)
+        attend(query[..., start : start + chunk, :], streams, start, segment_ids)
+        for start in range(0, query.shape[-2], chunk)
     ]
     return torch.cat(attended, dim=-2)
 

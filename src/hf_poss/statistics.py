@@ -9,6 +9,13 @@ from dataclasses import dataclass, field
 import torch
 
 from .configuration_poss import specialist_index
+from .measures import (
+    added,
+    by_specialist,
+    mean_acceptance_length,
+    mean_acceptance_length_macro,
+    position_acceptance,
+)
 
 
 __all__ = [
@@ -89,6 +96,7 @@ class CallRecord:
             "walk"; "cache", keeping what was accepted; and what is between these, "other".
         pass_seconds: time of the draft passes, by draft position - 1.
         rounds: of the call; one of a batch counts once.
+        timed: whether parts are timed; else `seconds` stay 0, and nothing waits for the device.
     """
 
     rows: list[CallStatistics]
@@ -96,6 +104,7 @@ class CallRecord:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     pass_seconds: list[float] = field(default_factory=list)
     rounds: int = 0
+    timed: bool = True
     _part: str = "other"
     _position: int = 0
     _since: float = field(default_factory=time.perf_counter)
@@ -107,6 +116,8 @@ class CallRecord:
             part: that begins.
             position: draft position of a pass.
         """
+        if not self.timed:
+            return
         if self.device.type not in ("cpu", "meta"):
             torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
@@ -117,9 +128,7 @@ class CallRecord:
 
 
 def _add(counts: list, more: Sequence[float]) -> None:
-    counts.extend([0] * (len(more) - len(counts)))
-    for index, count in enumerate(more):
-        counts[index] += count
+    counts[:] = added(counts, more)
 
 
 @dataclass
@@ -130,6 +139,7 @@ class GenerationStatistics:
     """
 
     records: list[CallRecord] = field(default_factory=list)
+    timed: bool = True
 
     @property
     def calls(self) -> list[CallStatistics]:
@@ -149,13 +159,13 @@ class GenerationStatistics:
     @property
     def tau(self) -> float:
         """Mean acceptance length, micro average: tokens / rounds, the target's own tokens included."""
-        return _ratio(self.tokens, self.rounds)
+        return mean_acceptance_length(self.tokens, self.rounds)
 
     @property
     def tau_macro(self) -> float:
         """Mean acceptance length, macro average: mean over texts of tokens / rounds, as the papers report it."""
-        taus = [_ratio(call.tokens, call.rounds) for call in self.calls if call.rounds]
-        return _ratio(sum(taus), len(taus))
+        calls = self.calls
+        return mean_acceptance_length_macro([call.tokens for call in calls], [call.rounds for call in calls])
 
     @property
     def drafted(self) -> list[int]:
@@ -175,8 +185,7 @@ class GenerationStatistics:
     @property
     def pos_acc(self) -> list[float]:
         """accepted / reached by draft position: the conditional acceptance rate (PosS, pos-acc)."""
-        accepted = self.accepted + [0] * len(self.reached)
-        return [_ratio(hit, all_) for hit, all_ in zip(accepted, self.reached, strict=False)]
+        return position_acceptance(self.accepted, self.reached)
 
     @property
     def drafted_by_specialist(self) -> list[int]:
@@ -230,15 +239,8 @@ class GenerationStatistics:
     def _by_specialist(self, name: str) -> list[int]:
         total: list[int] = []
         for call in self.calls:
-            counts = [0] * call.num_specialists
-            for position, count in enumerate(getattr(call, name), start=1):
-                counts[call.specialist_of(position)] += count
-            _add(total, counts)
+            _add(total, by_specialist(getattr(call, name), call.positions_per_specialist, call.num_specialists))
         return total
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else 0.0
 
 
 class _Collectors(threading.local):
@@ -250,10 +252,14 @@ _collectors = _Collectors()
 
 
 @contextlib.contextmanager
-def collect_statistics() -> Iterator[GenerationStatistics]:
+def collect_statistics(timed: bool = True) -> Iterator[GenerationStatistics]:
     """Gathers what the `generate` calls with a `PosSModel` inside the block did, in this thread.
 
     Blocks may be nested; each sees the calls inside it. Outside of a block nothing is counted or timed.
+
+    Args:
+        timed: whether the parts of a round are timed, too. On an accelerator that empties its queue at every part,
+            which makes calls slower; counts alone cost nothing.
 
     Example:
 
@@ -262,7 +268,7 @@ def collect_statistics() -> Iterator[GenerationStatistics]:
     ...     target.generate(**inputs, assistant_model=poss)
     >>> stats.tau, stats.pos_acc
     ```"""
-    statistics = GenerationStatistics()
+    statistics = GenerationStatistics(timed=timed)
     _collectors.active.append(statistics)
     try:
         yield statistics
@@ -278,7 +284,11 @@ def recorded_call(
     if not _collectors.active:
         yield None
         return
-    call = CallRecord([CallStatistics(positions_per_specialist, num_specialists) for _ in range(rows)], device)
+    call = CallRecord(
+        [CallStatistics(positions_per_specialist, num_specialists) for _ in range(rows)],
+        device,
+        timed=any(statistics.timed for statistics in _collectors.active),
+    )
     for statistics in _collectors.active:
         statistics.records.append(call)
     try:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
+from ..measures import expected_tau, position_acceptance
+
 
 __all__ = [
     "BoundaryDrop",
@@ -33,8 +35,7 @@ def position_metrics(counts: np.ndarray) -> dict[str, float]:
     """Per-position top-1 accuracy, simulated pos-acc, and the tau that follows from it.
 
     Simulated: chains start at every row of fixed text, and a drafted token counts as accepted when it is the target's
-    most likely one. tau = 1 + sum over k of the product of pos-acc of 1..k, the tokens of a round with the target's
-    own (Leviathan et al., equation 1, with an acceptance rate of each position).
+    most likely one. tau is what follows from pos-acc, see [`expected_tau`].
 
     Args:
         counts: [4, positions], sums of the counts of `PosSOutput`.
@@ -43,11 +44,10 @@ def position_metrics(counts: np.ndarray) -> dict[str, float]:
         `accuracy_1` ... and `pos_acc_1` ... by draft position, and `tau`.
     """
     rows, hits, reached, accepted = np.asarray(counts, dtype=np.float64)
-    accuracy = hits / np.maximum(rows, 1)
-    pos_acc = accepted / np.maximum(reached, 1)
+    accuracy, pos_acc = position_acceptance(hits, rows), position_acceptance(accepted, reached)
     metrics = {f"accuracy_{k}": float(value) for k, value in enumerate(accuracy, start=1)}
     metrics |= {f"pos_acc_{k}": float(value) for k, value in enumerate(pos_acc, start=1)}
-    metrics["tau"] = float(1 + np.cumprod(pos_acc).sum())
+    metrics["tau"] = float(expected_tau(pos_acc))
     return metrics
 
 
