@@ -1,0 +1,162 @@
+"""Every table and figure of docs/study.md, from the committed results.
+
+python examples/study/analyse.py                       # prints the tables
+python examples/study/analyse.py --write docs/study.md # replaces those in the page, and draws the figures
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from figures import draw_curves, draw_depths, draw_pos_acc
+from results import Results
+from tables import (
+    against,
+    curve_table,
+    depth_table,
+    pos_acc_table,
+    slope_table,
+    tau_table,
+)
+
+
+RESULTS = Path(__file__).parent.parent / "results"
+DRAFTERS = ("eagle", "hass", "poss1", "poss2", "poss3")
+SUITES = {"chain": "tau, chain of 8", "tree": "tau, tree of 20 nodes"}
+OTHERS = ("code", "maths", "chat")
+
+
+def names(loss: str, drafters: tuple[str, ...] = DRAFTERS) -> list[str]:
+    return [f"{loss}/{drafter}" for drafter in drafters]
+
+
+def rivals(loss: str) -> list[tuple[str, str]]:
+    """PosS-n against one layer with the same roll-out, and that against EAGLE."""
+    return [
+        *((f"{loss}/poss{n}", f"{loss}/hass") for n in (1, 2, 3)),
+        (f"{loss}/hass", f"{loss}/eagle"),
+    ]
+
+
+def blocks(stories: Results, demo: Results | None, family: Results | None) -> dict[str, Callable[[], str]]:
+    """Tables by name."""
+    both = ("hass", "poss2")
+    made: dict[str, Callable[[], str]] = {}
+    for loss in ("token", "paper"):
+        made[f"tau-{loss}"] = lambda loss=loss: tau_table(stories, ["start", *names(loss)], SUITES)
+        made[f"pos-acc-{loss}"] = lambda loss=loss: pos_acc_table(stories, ["start", *names(loss)])
+        made[f"slopes-{loss}"] = lambda loss=loss: slope_table(stories, names(loss))
+        made[f"against-{loss}"] = lambda loss=loss: against(stories, rivals(loss))
+        made[f"against-{loss}-tree"] = lambda loss=loss: against(stories, rivals(loss), "tree")
+    made["depths"] = lambda: depth_table(stories, names("token"))
+    controls = ["token/hass", "token/poss2", "token/wide", "token/lora2", "token/eagle-compute", "token/eagle"]
+    made["controls"] = lambda: tau_table(stories, controls, SUITES)
+    made["against-controls"] = lambda: against(
+        stories, [("token/poss2", name) for name in controls if name not in ("token/poss2", "token/eagle")]
+    )
+    made["leaky"] = lambda: against(stories, [(f"paper/{of}", f"leaky/{of}") for of in both])
+    made["leaky-tau"] = lambda: tau_table(
+        stories, [f"{loss}/{of}" for of in both for loss in ("paper", "leaky")], SUITES
+    )
+    losses = ("token", "paper", "topk", "acceptance", "fused")
+    made["losses"] = lambda: tau_table(stories, [f"{loss}/{of}" for loss in losses for of in both], SUITES)
+    made["against-losses"] = lambda: against(
+        stories, [(f"token/{of}", f"{loss}/{of}") for of in both for loss in losses if loss != "token"]
+    )
+    made["specialists-by-loss"] = lambda: against(stories, [(f"{loss}/poss2", f"{loss}/hass") for loss in losses])
+    made["data"] = lambda: against(stories, [("own-chat/poss2", "fixed-chat/poss2")], "chain, chat")
+    made["domains"] = lambda: tau_table(
+        stories,
+        names("token", ("eagle", *both)),
+        {
+            "chain": "stories",
+            **{f"chain, {of}": of for of in OTHERS},
+            "chain, long": "prompts of 256 tokens",
+            "chain, T = 1": "T = 1",
+        },
+    )
+    for suite in ("chain, T = 1", "chain, long", *(f"chain, {of}" for of in OTHERS)):
+        key = re.sub(r"\W+", "-", suite)
+        made[f"against-{key}"] = lambda suite=suite: against(
+            stories, [("token/poss2", "token/hass"), ("token/hass", "token/eagle")], suite
+        )
+    made["forgetting"] = lambda: tau_table(
+        stories,
+        [f"{name}/{of}" for of in both for name in ("token", "then-code", "mixed-code")],
+        {"chain": "stories", "chain, code": "code"},
+    )
+    made["against-forgetting"] = lambda: "\n\n".join(
+        against(
+            stories,
+            [
+                pair
+                for of in both
+                for pair in ((f"then-code/{of}", f"token/{of}"), (f"then-code/{of}", f"mixed-code/{of}"))
+            ],
+            suite,
+        )
+        for suite in ("chain", "chain, code")
+    )
+    made["convergence"] = lambda: curve_table(stories, [*names("token"), *names("paper"), "long/hass", "long/poss2"])
+    rates = [f"{rate}/{of}" for of in both for rate in ("rate0.0003", "token", "rate0.003")]
+    made["rates"] = lambda: tau_table(stories, rates, SUITES)
+    made["positions"] = lambda: tau_table(
+        stories, [f"{name}/{of}" for of in both for name in ("K4", "K6", "token")], SUITES
+    )
+    spans = ["token/hass", "token/poss4", "K6/poss3", "K4/poss2", "token/poss3", "token/poss2", "token/poss1"]
+    made["spans"] = lambda: tau_table(stories, spans, SUITES)
+    made["against-spans"] = lambda: against(
+        stories, [("K6/poss3", "token/poss4"), ("K4/poss2", "token/poss4"), ("K4/poss2", "K6/poss3")]
+    )
+    trees = ("tree, 8 nodes", "tree, 12 nodes", "tree", "tree, 30 nodes", "tree, 60 nodes")
+    made["trees"] = lambda: tau_table(stories, names("token"), {suite: suite for suite in ("chain", *trees)})
+    for name, results in (("demo", demo), ("family", family)):
+        if results is not None:
+            made[f"tau-{name}"] = lambda results=results: tau_table(results, ["start", *names("token")], SUITES)
+            made[f"pos-acc-{name}"] = lambda results=results: pos_acc_table(results, ["start", *names("token")])
+            made[f"against-{name}"] = lambda results=results: against(results, rivals("token"))
+            made[f"against-{name}-tree"] = lambda results=results: against(results, rivals("token"), "tree")
+    if demo is not None:
+        made["data-demo"] = lambda: against(demo, [("token/poss2", "fixed/poss2")])
+    return made
+
+
+def replaced(page: str, tables: dict[str, Callable[[], str]]) -> str:
+    """The page with every table between `<!-- study:NAME -->` and `<!-- end -->` made anew.
+
+    Raises:
+        KeyError: if the page names a table that there is not.
+    """
+
+    def made(match: re.Match) -> str:
+        return f"<!-- study:{match[1]} -->\n{tables[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- study:(\S+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--write", type=Path)
+    args = parser.parse_args()
+    read = {}
+    for plan in ("stories", "demo", "family"):
+        path = args.results / f"study_{plan}.json"
+        read[plan] = Results.read(path) if path.is_file() else None
+    tables = blocks(**read)
+    if args.write is None:
+        for name, make in tables.items():
+            print(f"\n## {name}\n\n{make()}")
+        return
+    args.write.write_text(replaced(args.write.read_text(), tables))
+    stories = read["stories"]
+    draw_pos_acc(stories, {"token": names("token"), "paper": names("paper")}, args.results / "study_pos_acc.png")
+    draw_depths(stories, names("token"), args.results / "study_depth.png")
+    draw_curves(
+        stories, ["token/hass", "token/poss2", "long/hass", "long/poss2"], args.results / "study_convergence.png"
+    )
+
+
+if __name__ == "__main__":
+    main()
