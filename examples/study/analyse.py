@@ -49,7 +49,7 @@ def blocks(stories: Results, demo: Results | None, family: Results | None) -> di
         made[f"slopes-{loss}"] = lambda loss=loss: slope_table(stories, names(loss))
         made[f"against-{loss}"] = lambda loss=loss: against(stories, rivals(loss))
         made[f"against-{loss}-tree"] = lambda loss=loss: against(stories, rivals(loss), "tree")
-    made["depths"] = lambda: depth_table(stories, names("token"))
+    made["depths"] = lambda: depth_table(stories, names("token", ("eagle", *both)))
     controls = ["token/hass", "token/poss2", "token/wide", "token/lora2", "token/eagle-compute", "token/eagle"]
     made["controls"] = lambda: tau_table(stories, controls, SUITES)
     made["against-controls"] = lambda: against(
@@ -110,7 +110,7 @@ def blocks(stories: Results, demo: Results | None, family: Results | None) -> di
         stories, [("K6/poss3", "token/poss4"), ("K4/poss2", "token/poss4"), ("K4/poss2", "K6/poss3")]
     )
     trees = ("tree, 8 nodes", "tree, 12 nodes", "tree", "tree, 30 nodes", "tree, 60 nodes")
-    made["trees"] = lambda: tau_table(stories, names("token"), {suite: suite for suite in ("chain", *trees)})
+    made["trees"] = lambda: tau_table(stories, names("token", both), {suite: suite for suite in ("chain", *trees)})
     for name, results in (("demo", demo), ("family", family)):
         if results is not None:
             made[f"tau-{name}"] = lambda results=results: tau_table(results, ["start", *names("token")], SUITES)
@@ -152,7 +152,7 @@ def main() -> None:
     args.write.write_text(replaced(args.write.read_text(), tables))
     stories = read["stories"]
     draw_pos_acc(stories, {"token": names("token"), "paper": names("paper")}, args.results / "study_pos_acc.png")
-    draw_depths(stories, names("token"), args.results / "study_depth.png")
+    draw_depths(stories, names("token", ("eagle", "hass", "poss2")), args.results / "study_depth.png")
     draw_curves(
         stories, ["token/hass", "token/poss2", "long/hass", "long/poss2"], args.results / "study_convergence.png"
     )

@@ -3,16 +3,19 @@
 import contextlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from drafters import METHODS
 from leaky_attention import leaky_attention
 from plan import Run
 from texts import TextSource
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from hf_poss import PosSModel, PosSTrainer, PosSTrainingArguments
+from hf_poss.training.features import target_features
 
 
 SAMPLES = 2048
@@ -31,6 +34,20 @@ def samples(source: TextSource, data: str, count: int, held_out: bool = False) -
         domain = source.home if domain == "home" else domain
         texts += (source.own if kind == "own" else source.fixed)(domain, count // len(parts), seed)
     return [{"input_ids": text} for text in texts]
+
+
+@torch.no_grad()
+def with_features(target: PreTrainedModel, texts: list, feature_layers: Sequence[int] | None) -> list[dict[str, Any]]:
+    """Samples of one length with the target's features, so that no step runs the target."""
+    samples = []
+    for start in range(0, len(texts), 32):
+        ids = torch.tensor([sample["input_ids"] for sample in texts[start : start + 32]], device=target.device)
+        features, last = (states.cpu() for states in target_features(target, ids, feature_layers=feature_layers))
+        for row, sample in enumerate(texts[start : start + 32]):
+            samples.append({**sample, "features": features[row]})
+            if feature_layers is not None:
+                samples[-1]["target_features"] = last[row]
+    return samples
 
 
 def initial_drafter(run: Run, source: TextSource, output: Path) -> PosSModel:
@@ -52,6 +69,9 @@ def train(run: Run, source: TextSource, train_samples: list, held_out: list, out
     """Trains and writes `drafter/` and `training.json` into the run's folder."""
     folder = output / run.folder
     poss = initial_drafter(run, source, output)
+    train_samples, held_out = (
+        with_features(source.target, texts, poss.config.feature_layers) for texts in (train_samples, held_out)
+    )
     arguments = PosSTrainingArguments(
         folder / "trainer",
         max_steps=run.steps,
