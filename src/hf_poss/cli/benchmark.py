@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .generate import add_model_arguments, check_folder, check_loading
+from .generate import add_model_arguments, check_folder, check_loading, load_assistant
 
 
 __all__ = ["add_arguments", "run"]
@@ -77,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
     settings = fixed_settings(poss, target.device, args.depth, args.top_k, args.total_tokens)
     names = args.contestants or [name for name in _DEFAULT if not (args.shape and name == "prompt-lookup")]
     names = [*names, "assistant"] if args.assistant and "assistant" not in names else names
-    contestants = make_contestants(
-        names, poss, settings, target.device, _assistant(args, target), args.prompt_lookup_num_tokens
-    )
+    assistant = load_assistant(args.assistant, target) if args.assistant else None
+    contestants = make_contestants(names, poss, settings, target.device, assistant, args.prompt_lookup_num_tokens)
     bar = tqdm(desc="runs", leave=False, disable=not sys.stderr.isatty())
     benchmark = Benchmark(target, poss, contestants, prompts, args.new_tokens, acceptance, on_run=bar.update)
     about = {**_about(args, target, poss), "simulated": simulated}
@@ -191,21 +190,13 @@ def _random_pair(args: argparse.Namespace) -> tuple[Any, Any, list, Any, list[st
     return pair.target, pair.poss, prompts, pair.acceptance, pair.labels
 
 
-def _assistant(args: argparse.Namespace, target: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    if not args.assistant:
-        return None
-    return AutoModelForCausalLM.from_pretrained(args.assistant, dtype=target.dtype).to(target.device).eval()
-
-
 def _about(args: argparse.Namespace, target: Any, poss: Any) -> dict[str, Any]:
     """Where the figures come from."""
     import torch
 
+    from ..evaluation.descriptions import describe_target
     from ..hub.provenance import command_line, describe_hardware, describe_processor, package_versions
 
-    of = target.config.get_text_config()
     return {
         "command": command_line(),
         "hardware": describe_hardware(),
@@ -217,15 +208,7 @@ def _about(args: argparse.Namespace, target: Any, poss: Any) -> dict[str, Any]:
             for name, value in vars(args).items()
             if name not in ("command", "output", "resume", "repeats") and value is not None
         },
-        "target": {
-            "name": args.shape or target.config.name_or_path,
-            "type": of.model_type,
-            "parameters": sum(parameter.numel() for parameter in target.parameters()),
-            "layers": of.num_hidden_layers,
-            "hidden_size": of.hidden_size,
-            "vocab_size": of.vocab_size,
-            "dtype": str(target.dtype).removeprefix("torch."),
-        },
+        "target": describe_target(target, args.shape),
         "drafter": {
             "parameters": sum(parameter.numel() for parameter in poss.parameters()),
             "specialists": poss.config.num_specialists,

@@ -11,6 +11,8 @@ __all__ = [
     "add_model_arguments",
     "check_folder",
     "check_loading",
+    "draft_size",
+    "load_assistant",
     "load_target",
     "run",
     "target_names",
@@ -28,6 +30,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument(
         "--device_map", help="spreads the target over the devices of one process: auto, balanced... or JSON"
     )
+
+
+def add_drafter_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of commands that set drafters side by side."""
+    parser.add_argument(
+        "--poss",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="specialists (PosS, EAGLE or HASS): folders or Hub names; NAME=PATH,PATH for several training seeds",
+    )
+    parser.add_argument("--demo", action="store_true", help="the pair that ships with the package (the default)")
 
 
 def target_names(args: argparse.Namespace) -> dict[str, Any]:
@@ -124,6 +139,13 @@ def load_target(args: argparse.Namespace, device: Any = None) -> tuple[Any, Any]
     return target.eval(), AutoTokenizer.from_pretrained(args.target, **target_names(args))
 
 
+def load_assistant(name: str, target: Any) -> Any:
+    """A smaller language model in the dtype of `target`, on its device."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype).to(target.device).eval()
+
+
 def _local_device() -> Any:
     """The accelerator of this process, of several on a machine; the CPU where there is none."""
     import torch
@@ -144,17 +166,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--positions_per_specialist", type=int, help="for published checkpoints that do not say it")
     parser.add_argument(
-        "--depth", type=_size, help="draft positions a round, or auto (default: all that were trained)"
+        "--depth", type=draft_size, help="draft positions a round, or auto (default: all that were trained)"
     )
     parser.add_argument("--top_k", type=int, help="branches a node; 1 is a chain")
-    parser.add_argument("--total_tokens", type=_size, help="nodes verified a round, or auto")
+    parser.add_argument("--total_tokens", type=draft_size, help="nodes verified a round, or auto")
     parser.add_argument(
         "--cache_implementation", choices=("dynamic", "static"), help="static: fixed shapes, compiled on a GPU"
     )
     parser.add_argument("--compare", action="store_true", help="time it against plain generate, three paired runs")
 
 
-def _size(value: str) -> int | str:
+def draft_size(value: str) -> int | str:
+    """An integer, or "auto".
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
     if value != "auto" and not value.isdecimal():
         raise argparse.ArgumentTypeError(f"{value!r} is neither an integer nor auto")
     return value if value == "auto" else int(value)

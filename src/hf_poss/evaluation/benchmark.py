@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,13 @@ from transformers.utils import logging
 from ..configuration_poss import eos_token_ids
 from ..draft_tree import DraftTree
 from ..modeling_poss import PosSModel, TargetReference
-from ..statistics import GenerationStatistics, collect_statistics
+from ..statistics import GenerationStatistics
 from ..verification import scripted_picks
 from .acceptance import Acceptance, AcceptanceScript
 from .bare_operations import bare_draft_seconds
-from .breakdown import count_kernels, count_waits, round_parts
+from .breakdown import count_kernels, count_waits, profiled_call, round_parts
 from .contestants import PLAIN, PLAIN_COMPILED, Contestant
+from .passes import target_passes
 from .roofline import copy_bandwidth, plain_step_bytes, round_bytes
 from .timing import new_token_counts, timed_generate
 
@@ -213,16 +215,9 @@ class Benchmark:
         elif contestant.name in (PLAIN, PLAIN_COMPILED):
             yield count
         else:
-            count["rounds"] = -1
-
-            def pass_begins(*_: Any) -> None:
-                count["rounds"] += 1
-
-            hook = self.target.register_forward_pre_hook(pass_begins)
-            try:
+            with target_passes(self.target) as passes:
                 yield count
-            finally:
-                hook.remove()
+            count["rounds"] = len(passes) - 1
 
     # ---- Runs apart from the timed ones ----
 
@@ -240,11 +235,8 @@ class Benchmark:
     def _profile(self, contestant: Contestant) -> dict[str, Any]:
         fill, stats = 0.0, GenerationStatistics()
         for prompt in self.prompts:
-            with collect_statistics() as first:  # of two tokens the first is the prompt's, the other needs no draft
-                self._generate(contestant, prompt, 2)
-            with collect_statistics() as whole:
-                self._generate(contestant, prompt, self.new_tokens)
-            fill += first.seconds["context"]
+            whole, read = profiled_call(partial(self._generate, contestant, prompt), self.new_tokens)
+            fill += read
             stats.records.extend(whole.records)
         profile = {
             "tau": stats.tau,

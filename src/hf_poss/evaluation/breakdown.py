@@ -8,10 +8,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ..statistics import GenerationStatistics
+from ..statistics import GenerationStatistics, collect_statistics
 
 
-__all__ = ["count_kernels", "count_waits", "round_parts"]
+__all__ = ["count_kernels", "count_waits", "profiled_call", "round_parts"]
 
 _PARTS = {
     "context": "context fill",
@@ -23,6 +23,20 @@ _PARTS = {
     "other": "host time",
 }
 _LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")  # and their variants, which begin like them
+
+
+def profiled_call(generate: Callable[[int], Any], new_tokens: int) -> tuple[GenerationStatistics, float]:
+    """Statistics of a `generate` call with specialists, and the seconds in it in which they read the prompt.
+
+    Args:
+        generate: runs the call with the number of new tokens that it is given.
+        new_tokens: of the call.
+    """
+    with collect_statistics() as first:  # of two tokens the first is the prompt's, the other needs no draft
+        generate(2)
+    with collect_statistics() as whole:
+        generate(new_tokens)
+    return whole, first.seconds["context"]
 
 
 def round_parts(stats: GenerationStatistics, prompt_fill: float) -> dict[str, Any]:

@@ -1,49 +1,29 @@
 """Prompts of a benchmark: from files, in batches."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from .benchmark import Prompt
+from .questions import Question, json_lines
 
 
 __all__ = ["batches", "read_prompts"]
 
 
 def read_prompts(path: str | Path) -> list[tuple[str, str]]:
-    """Title and text of every line of a JSON lines file: its "prompt", or the first of its "turns".
+    """Title and text of every line of a JSON lines file: its "prompt", or the first of its "turns" or "messages".
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it has no lines, or one of them has neither.
+        ValueError: if it has no lines, or one of them has none of these.
     """
-    prompts = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
-        text = _text_of(record)
-        if not text:
-            raise ValueError(f'Line {number} of {path} has neither a "prompt" nor "turns" that begin with a text.')
-        prompts.append((f"{Path(path).name}:{number}", text))
-    if not prompts:
-        raise ValueError(f'{path} is empty; expected JSON lines with a "prompt" or "turns" each.')
-    return prompts
-
-
-def _text_of(record: Any) -> str | None:
-    if not isinstance(record, dict):
-        return None
-    turns = record.get("turns")
-    text = record.get("prompt", turns[0] if isinstance(turns, list) and turns else None)
-    return text if isinstance(text, str) else None
+    return [
+        (f"{Path(path).name}:{number}", Question.of(record, number, f"Line {number} of {path}").texts[0])
+        for number, record in json_lines(path)
+    ]
 
 
 def batches(

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from .settings import publish, unfinished_name
 
 
-__all__ = ["RecordFile", "RecordFiles"]
+__all__ = ["RecordFile", "RecordFiles", "whole_lines"]
 
 
 class RecordFile:
@@ -18,7 +18,7 @@ class RecordFile:
     def __init__(self, path: str | os.PathLike):
         self._file = open(path, "a+b")
         self._file.seek(0)
-        self._file.truncate(max((end for _, _, end in _whole_lines(self._file, Path(path))), default=0))
+        self._file.truncate(max((end for _, _, end in whole_lines(self._file, Path(path))), default=0))
 
     def append(self, record: dict[str, Any]) -> None:
         """Writes a record, which then survives the end of this process."""
@@ -83,10 +83,10 @@ class RecordFiles:
         """Each record with its file and where in it its line begins."""
         for path in sorted(self.folder.glob("process-*.jsonl")):
             with open(path, "rb") as file:
-                yield from ((record, path, start) for record, start, _ in _whole_lines(file, path))
+                yield from ((record, path, start) for record, start, _ in whole_lines(file, path))
 
 
-def _whole_lines(file: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
+def whole_lines(file: BinaryIO, path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
     """The records of an open file, each with the start and the end of its line."""
     start = 0
     for line in file:

@@ -14,7 +14,7 @@ from .requests import Request
 from .row_sampling import RowSampling, draws
 
 
-__all__ = ["Sampling", "answer", "end_tokens", "regenerate"]
+__all__ = ["Sampling", "answer", "end_tokens", "left_padded", "regenerate"]
 
 # Requests at hand for one batch: enough that prompts of like length can be put together.
 _OPEN_BATCHES = 8
@@ -80,6 +80,17 @@ def end_tokens(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return ends or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
 
+def left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, int64 [batch, tokens], of prompts of any length, one token or more each."""
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids = [[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor(input_ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
 def answer(
     target: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -97,14 +108,11 @@ def answer(
         eos_token_ids: tokens that end an answer.
         assistant_model: position specialists; the text is the same, sooner.
     """
-    longest = max(len(prompt) for prompt in prompts)
     pad = eos_token_ids[0] if eos_token_ids else 0
-    input_ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # [batch, tokens]
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    device = input_device(target)
+    inputs = left_padded(prompts, pad, input_device(target))
+    longest = inputs["input_ids"].shape[1]
     output = target.generate(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
+        **inputs,
         # Draws are made by the processors: to `generate` this is greedy search, whatever the target's own settings.
         do_sample=False,
         temperature=None,
