@@ -8,7 +8,7 @@ import inspect
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ __all__ = [
     "keeps_state",
     "mark_as_own",
     "mark_static",
+    "operations_through",
     "original_method",
     "outlives_call",
     "peft_arguments",
@@ -64,6 +65,7 @@ __all__ = [
     "tensor_parallel_group",
     "train_on_one_device",
     "unsharded_class",
+    "without_memory",
 ]
 
 _WORKING_VERSIONS = "transformers>=5.15"
@@ -237,13 +239,17 @@ def is_placeholder(layer: Any) -> bool:
     return isinstance(layer, _PLACEHOLDER)
 
 
+# One with values, and one that stands for it where memory is predicted.
+_PLAIN_TENSORS = (torch.Tensor, torch._subclasses.FakeTensor)
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a matrix at hand and nothing else: no hook, adapter, shard, packed or offloaded weight."""
     hooks = module._forward_hooks or module._forward_pre_hooks or not _runs_own_forward(module)
     if type(module) is not nn.Linear or hooks:
         return False
     weight = module.weight
-    return type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.is_meta
+    return type(weight.data) in _PLAIN_TENSORS and weight.is_floating_point() and not weight.is_meta
 
 
 def _runs_own_forward(module: nn.Module) -> bool:
@@ -351,3 +357,22 @@ def unsharded_class(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.__class__ = sharded
+
+
+def without_memory() -> AbstractContextManager:
+    """Inside, new tensors have a shape, a dtype and a device, and neither memory nor values."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def operations_through(run: Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]) -> AbstractContextManager:
+    """Inside, every operation on tensors goes through `run(operation, arguments, keyword_arguments)`, which calls it
+    and returns what it returned, or answers in its place."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keyword_arguments=None):
+            return run(operation, arguments, keyword_arguments or {})
+
+    return Operations()

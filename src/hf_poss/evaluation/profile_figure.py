@@ -1,0 +1,122 @@
+"""The figure of a profile."""
+
+import itertools
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils import logging
+
+
+__all__ = ["plot_profile"]
+
+logger = logging.get_logger(__name__)
+
+_PARTS = ("target_weights", "drafter_weights", "copies", "target_cache", "specialist_caches", "activations")
+_COLORS = ("#44546a", "#1f77b4", "#9ecae1", "#2ca02c", "#98df8a", "#d62728")
+_STYLES = ("-", "--", ":", "-.")
+_LINES = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+
+
+def plot_profile(path: str | os.PathLike, result: Mapping[str, Any]) -> bool:
+    """Draws memory by part and, where it was measured, the time of rounds and the speed-up by depth, as a PNG.
+
+    Args:
+        path: of the PNG.
+        result: of `hf-poss profile`.
+
+    Returns:
+        Whether it was drawn: without matplotlib, one line of log says that it was not.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning_once(
+            "matplotlib is not installed: the profile has no figure. pip install 'hf-poss[evaluation]'."
+        )
+        return False
+
+    measured = result["cases"]
+    figure = Figure(figsize=(12 if measured else 6, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3 if measured else 1, squeeze=False)[0]
+    _draw_memory(panels[0], result)
+    if measured:
+        _draw_rounds(panels[1], measured)
+    if "break_even" in result:
+        _draw_depths(panels[2], result["break_even"]["rounds"])
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return True
+
+
+def _draw_memory(panel: Any, result: Mapping[str, Any]) -> None:
+    """Stacked parts of the last case, with a mark at what was predicted."""
+    index = max(len(result["cases"]) - 1, 0) if result["cases"] else len(result["planned"]) - 1
+    case = result["planned"][index]
+    names, parts, marks = [], [], []
+    for name, of in result["predictions"].items():
+        predicted = None if "reason" in of else of[index]
+        held = result["cases"][index]["memory"][name] if result["cases"] else predicted
+        if held is not None:
+            names.append(name)
+            parts.append(held)
+            marks.append(None if predicted is None else predicted["peak"])
+    bottom = [0.0] * len(names)
+    for part, color in zip(_PARTS, _COLORS, strict=True):
+        if part == "activations":  # what the peak has above all else
+            heights = [max(held["peak"] / 2**20 - floor, 0.0) for held, floor in zip(parts, bottom, strict=True)]
+        else:
+            heights = [held[part] / 2**20 for held in parts]
+        panel.bar(names, heights, bottom=bottom, color=color, width=0.6, label=part.replace("_", " "))
+        bottom = [floor + height for floor, height in zip(bottom, heights, strict=True)]
+    for place, mark in enumerate(marks):
+        if mark is not None:
+            panel.hlines(mark / 2**20, place - 0.38, place + 0.38, color="black", linewidth=1.2)
+    panel.set(ylabel="MiB", title=f"memory, {case['rows']} x {case['context']} tokens (line: predicted)")
+    panel.title.set_fontsize(9)
+    panel.tick_params(axis="x", labelsize=7)
+    panel.margins(y=0.25)  # for the legend
+    panel.legend(fontsize=6, loc="upper left", ncols=3)
+
+
+def _draw_rounds(panel: Any, measured: Any) -> None:
+    names = list(measured[0]["latency"])
+    colors = dict(zip(names, _LINES * len(names), strict=False))
+    for rows in sorted({case["rows"] for case in measured}):
+        cases = sorted((case for case in measured if case["rows"] == rows), key=lambda case: case["context"])
+        for name in names:
+            spreads = [case["latency"][name].get("step") or case["latency"][name]["round"] for case in cases]
+            panel.plot(
+                [case["context"] for case in cases],
+                [1e3 * spread["median"] for spread in spreads],
+                marker="o",
+                markersize=3,
+                color=colors[name],
+                alpha=1.0 if rows == min(case["rows"] for case in measured) else 0.5,
+                label=f"{name}, {rows} row{'s' * (rows > 1)}",
+            )
+    panel.set(xlabel="tokens of context", ylabel="ms", ylim=(0, None), title="a round, or a plain step")
+    panel.title.set_fontsize(9)
+    panel.legend(fontsize=6)
+
+
+def _draw_depths(panel: Any, rounds: Any) -> None:
+    names = list(dict.fromkeys(entry["drafter"] for entry in rounds))
+    colors = dict(zip(names, _LINES * len(names), strict=False))
+    styles = dict(zip(sorted({entry["context"] for entry in rounds}), itertools.cycle(_STYLES), strict=False))
+    for entry in rounds:
+        panel.plot(
+            range(len(entry["speed_up_by_depth"])),
+            entry["speed_up_by_depth"],
+            color=colors[entry["drafter"]],
+            linestyle=styles[entry["context"]],
+            alpha=1.0 if entry["rows"] == 1 else 0.5,
+            label=f"{entry['drafter']}, {entry['rows']} x {entry['context']}",
+        )
+    panel.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
+    panel.set(xlabel="draft positions a round", ylabel="tau / rho", title="speed-up by depth")
+    panel.title.set_fontsize(9)
+    panel.legend(fontsize=6)
