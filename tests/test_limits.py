@@ -92,7 +92,7 @@ def test_frequencies_by_layer_type_are_read():
 def test_drafts_that_fit_are_taken_and_others_refused(monkeypatch):
     """Logits of all nodes alone, vocabulary times nodes times rows, are more than there is."""
     target = small_target()
-    monkeypatch.setattr(limits, "_memory_of", lambda device: 2e6)
+    monkeypatch.setattr(limits, "device_memory", lambda device: 2e6)
     check_memory(target, depth=4, top_k=4, total_tokens=20, rows=3, length=50)
     rows = int(2e6 / (20 * 12 * 4)) + 1
     with pytest.raises(ValueError, match=rf"20 nodes.*{rows} row.*2.0e\+06.*Lower `num_assistant_tokens`.*batch"):
@@ -103,15 +103,15 @@ def test_drafts_that_fit_are_taken_and_others_refused(monkeypatch):
 
 def test_more_nodes_than_can_be_drafted_cost_nothing(monkeypatch):
     """A tree of depth 2 and two branches has at most 1 + 2 + 4 nodes, whatever the knob says."""
-    monkeypatch.setattr(limits, "_memory_of", lambda device: 1e6)
+    monkeypatch.setattr(limits, "device_memory", lambda device: 1e6)
     check_memory(small_target(), depth=2, top_k=2, total_tokens=10**9, rows=1, length=50)
     check_memory(small_target(), depth=1, top_k=10**9, total_tokens=10**9, rows=1, length=50)  # 12 tokens to draft
 
 
 def test_unknown_memory_refuses_nothing(monkeypatch):
-    monkeypatch.setattr(limits, "_memory_of", lambda device: None)
+    monkeypatch.setattr(limits, "device_memory", lambda device: None)
     check_memory(small_target(), depth=4, top_k=4, total_tokens=20, rows=10**9, length=50)
 
 
 def test_a_machine_has_memory():
-    assert limits._memory_of(torch.device("cpu")) > 1e8
+    assert limits.device_memory(torch.device("cpu")) > 1e8

@@ -9,7 +9,15 @@ from .compatibility import input_device
 from .configuration_poss import PosSConfig
 
 
-__all__ = ["check_memory", "check_positions", "check_size", "last_position", "learned_positions", "rope_obstacle"]
+__all__ = [
+    "check_memory",
+    "check_positions",
+    "check_size",
+    "device_memory",
+    "last_position",
+    "learned_positions",
+    "rope_obstacle",
+]
 
 
 def check_positions(target: PreTrainedModel, tokens: int) -> None:
@@ -106,7 +114,7 @@ def check_memory(target: PreTrainedModel, depth: int, top_k: int, total_tokens: 
         + nodes * 2 * text.num_hidden_layers * text.hidden_size * size
     )
     device = input_device(target)
-    available = _memory_of(device)
+    available = device_memory(device)
     if available is not None and needed > available:
         raise ValueError(
             f"A round of {depth} draft positions, {top_k} branches and {nodes} nodes needs about {needed:.1e} bytes "
@@ -129,7 +137,7 @@ def check_size(config: PosSConfig, device: torch.device | str = "cpu") -> None:
         weights += layers * rank * (7 * config.hidden_size + width + 3 * config.intermediate_size)
         layers = 1
     needed = 4 * (layers * weights + 2 * config.hidden_size**2)
-    available = _memory_of(torch.device(device))
+    available = device_memory(torch.device(device))
     if available is not None and needed > available:
         raise ValueError(
             f"{config.num_specialists} specialists ({config.num_draft_positions} draft positions, "
@@ -138,7 +146,7 @@ def check_size(config: PosSConfig, device: torch.device | str = "cpu") -> None:
         )
 
 
-def _memory_of(device: torch.device) -> int | None:
+def device_memory(device: torch.device) -> int | None:
     """Bytes that a device has in all; None if that cannot be told."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
