@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_poss import PosSConfig
 from hf_poss.hub.card import build_card, refresh_card, write_card
-from hf_poss.hub.card_text import CardFacts, check_card, hub_name, render_card
+from hf_poss.hub.card_text import CardFacts, check_card, render_card
+from hf_poss.hub.markdown import hub_name
 from hf_poss.hub.record import SpeedRecord, TrainingRecord, write_speed_record, write_training_record
 
 

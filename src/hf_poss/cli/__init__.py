@@ -10,6 +10,10 @@ __all__ = ["main"]
 COMMANDS = {
     "demo": "complete held-out code with the pair that ships with the package",
     "benchmark": "time all ways to decode in turns, and break a round down",
+    "evaluate": "the papers' experiments: drafters side by side on prompt sets, with tables, statistics and a report",
+    "report": "tables, figures and the report of an evaluation, made anew from its records",
+    "profile": "memory and latency of specialists, predicted and measured, and what pays",
+    "check": "is this pair of a target and its specialists sound? what is wrong, and what to do",
     "generate": "complete a prompt with a target and its specialists",
     "train": "train specialists for a target, from chats or text to a model card",
     "regenerate": "let a target write the answers of a dataset itself",

@@ -6,20 +6,43 @@ import sys
 from .generate import add_model_arguments, load_target
 
 
-__all__ = ["add_arguments", "add_record_arguments", "record_arguments", "run"]
+__all__ = ["add_arguments", "add_record_arguments", "run", "write_records"]
 
 _RECORDED = ("base_model", "license", "positions_per_specialist", "num_draft_positions")
 
 
 def add_record_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options for what the training record of a folder should say and does not."""
+    """Options for what the records of a folder should say and do not."""
     parser.add_argument("--base_model", help="Hub name of the target, recorded in the folder")
     parser.add_argument("--license", help="identifier such as apache-2.0, recorded in the folder")
+    parser.add_argument(
+        "--evaluation", metavar="PATH", help="folder or results.json of `hf-poss evaluate`, recorded in the folder"
+    )
+    parser.add_argument("--drafter", metavar="LABEL", help="name in that evaluation, if they took part under several")
 
 
-def record_arguments(args: argparse.Namespace) -> dict[str, object]:
-    """Fields of the training record that the options give."""
-    return {name: value for name in _RECORDED if (value := getattr(args, name, None)) is not None}
+def write_records(args: argparse.Namespace) -> None:
+    """Records in the folder what the options give."""
+    from ..hub.record import update_training_record
+
+    if args.evaluation is not None:
+        _record_evaluation(args)
+    elif args.drafter is not None:
+        raise ValueError("--drafter names specialists of an evaluation: it goes with --evaluation.")
+    if known := {name: value for name in _RECORDED if (value := getattr(args, name, None)) is not None}:
+        update_training_record(args.folder, **known)
+
+
+def _record_evaluation(args: argparse.Namespace) -> None:
+    import transformers
+
+    from ..hub.evaluation import evaluation_record, find_specialists, read_results
+    from ..hub.record import write_evaluation_record
+
+    transformers.utils.logging.disable_progress_bar()
+    results = read_results(args.evaluation)
+    drafter, checkpoint = find_specialists(results, args.folder, args.drafter)
+    write_evaluation_record(args.folder, evaluation_record(results, drafter, checkpoint))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,16 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..hub.card import write_card
     from ..hub.folder import read_config
-    from ..hub.record import update_training_record
 
     if (args.target is None) != (args.prompts is None):
         raise ValueError("--target and --prompts go together: timing needs both.")
-    known = record_arguments(args)
     read_config(args.folder, args.positions_per_specialist, args.num_draft_positions)  # before anything is written
+    write_records(args)
     if args.target is not None:
         _time(args)
-    if known:
-        update_training_record(args.folder, **known)
     print(write_card(args.folder, args.repo_id, args.force))
     return 0
 

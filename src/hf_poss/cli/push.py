@@ -2,7 +2,7 @@
 
 import argparse
 
-from .card import add_record_arguments, record_arguments
+from .card import add_record_arguments, write_records
 
 
 __all__ = ["add_arguments", "run"]
@@ -22,11 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..hub.folder import read_config
     from ..hub.push import complete_folder, describe_upload, push_folder
-    from ..hub.record import update_training_record
 
     read_config(args.folder)  # before anything is written
-    if known := record_arguments(args):
-        update_training_record(args.folder, **known)
+    write_records(args)
     if args.dry_run:
         complete_folder(args.folder, args.repo_id)
         print(describe_upload(args.folder))

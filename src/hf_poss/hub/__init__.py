@@ -1,6 +1,20 @@
-"""Publishing: records of training and speed, model cards, uploads."""
+"""Publishing: records of training, speed and evaluation, model cards, uploads."""
 
-from .record import SpeedRecord, TrainingRecord, write_speed_record, write_training_record
+from .record import (
+    EvaluationRecord,
+    SpeedRecord,
+    TrainingRecord,
+    write_evaluation_record,
+    write_speed_record,
+    write_training_record,
+)
 
 
-__all__ = ["SpeedRecord", "TrainingRecord", "write_speed_record", "write_training_record"]
+__all__ = [
+    "EvaluationRecord",
+    "SpeedRecord",
+    "TrainingRecord",
+    "write_evaluation_record",
+    "write_speed_record",
+    "write_training_record",
+]

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from .card_text import KEPT_MARKER, MARKER, CardFacts, describe_loading, draw_plot, render_card
 from .folder import CARD, read_config
-from .record import TrainingRecord, read_speed_record, read_training_record
+from .record import TrainingRecord, read_evaluation_record, read_speed_record, read_training_record
 
 
 __all__ = ["build_card", "is_own_card", "refresh_card", "write_card"]
@@ -25,7 +25,8 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, force: boo
     What stands below the last marker of a card that this function wrote stays, as does metadata that it does not set.
 
     Args:
-        folder: holds `config.json` and, where they are known, `training_record.json` and `speed.json`.
+        folder: holds `config.json` and, where they are known, `training_record.json`, `speed.json` and
+            `evaluation_record.json`.
         repo_id: Hub name that the examples load; the name of the folder if not given.
         force: replaces a `README.md` that this function did not write.
 
@@ -69,6 +70,7 @@ def build_card(folder: str | os.PathLike, repo_id: str | None = None) -> ModelCa
         repo_id=repo_id or folder.resolve().name,
         record=record,
         speed=read_speed_record(folder),
+        evaluation=read_evaluation_record(folder),
         has_code=(folder / "custom_generate" / "generate.py").is_file(),
         loading=describe_loading(config) if published else "",
     )

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..configuration_poss import PosSConfig
+from .evaluation_table import comparison_table, evaluation_results, explanations, results_table
 from .folder import empty_model
+from .markdown import cell, cells, count, duration, grouped, hub_name, is_repo_id, linked, listed, shell
 from .plots import plot_acceptance
-from .record import SpeedRecord, TrainingRecord, is_number
+from .record import EvaluationRecord, SpeedRecord, TrainingRecord, is_number
 
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "check_card",
     "describe_loading",
     "draw_plot",
-    "hub_name",
     "render_card",
 ]
 
@@ -45,6 +44,7 @@ class CardFacts:
         repo_id: what the examples load: a Hub name or a folder.
         record: how they were trained, and acceptance.
         speed: what a timing gave, if there was one.
+        evaluation: what an evaluation gave, if there was one.
         has_code: whether `custom_generate/` lies beside the weights.
         usage: Python that stands for the usual example, where that does not fit.
         loading: Markdown on what loading does, for checkpoints of another layout.
@@ -57,6 +57,7 @@ class CardFacts:
     repo_id: str
     record: TrainingRecord = field(default_factory=TrainingRecord)
     speed: SpeedRecord | None = None
+    evaluation: EvaluationRecord | None = None
     has_code: bool = False
     usage: str = ""
     loading: str = ""
@@ -122,7 +123,7 @@ def render_card(facts: CardFacts, previous: ModelCardData | None = None) -> Mode
     """
     import jinja2
 
-    config, record, speed = facts.config, facts.record, facts.speed
+    config, record, speed, evaluation = facts.config, facts.record, facts.speed, facts.evaluation
     target = facts.base_model
     target_code = json.dumps(hub_name(target) or "TARGET")
     rows = _acceptance(facts)
@@ -135,26 +136,27 @@ def render_card(facts: CardFacts, previous: ModelCardData | None = None) -> Mode
         kept_marker=KEPT_MARKER,
         kept=facts.kept,
         name=facts.name,
-        specialists=_count(config.num_specialists, "position specialist"),
-        target=_linked(target) if target else "a target that is not named",
+        specialists=count(config.num_specialists, "position specialist"),
+        target=linked(target) if target else "a target that is not named",
         size=_size(config),
         spans=_spans(config),
         target_code=target_code,
         tokenizer_code=json.dumps(hub_name(record.tokenizer)) if hub_name(record.tokenizer) else target_code,
-        tokenizer=f", {_linked(record.tokenizer)}" if record.tokenizer else "",
+        tokenizer=f", {linked(record.tokenizer)}" if record.tokenizer else "",
         poss_code=json.dumps(facts.repo_id),
         has_code=facts.has_code,
         low_rank=config.specialist_adapter is not None,
         usage=facts.usage.strip("\n"),
         loading=facts.loading,
-        training=_cells(_training(facts)) if record != TrainingRecord() else [],
-        command=_shell(record.command),
+        training=cells(_training(facts)) if record != TrainingRecord() else [],
+        command=shell(record.command),
         acceptance=rows,
         positions=range(1, max((len(row.rates) for row in rows), default=0) + 1),
         explanations=_explanations(facts, rows),
         plot=facts.plot,
-        speed=[] if speed is None else _cells(_speed(speed)),
-        speed_command=None if speed is None else _shell(speed.command),
+        speed=[] if speed is None else cells(_speed(speed)),
+        speed_command=None if speed is None else shell(speed.command),
+        evaluation=None if evaluation is None else _evaluation(evaluation),
         geometry=f"hidden size {config.hidden_size}, vocabulary {config.vocab_size}",
         depth=config.num_draft_positions,
     )
@@ -176,7 +178,7 @@ def check_card(card: ModelCard) -> None:
     for key in ("base_model", "datasets"):
         names = data.get(key) or []
         for name in [names] if isinstance(names, str) else names:
-            if not _is_repo_id(name):
+            if not is_repo_id(name):
                 problems.append(f"`{key}` is {name!r}, which is no name on the Hub")
     for key in ("tags", "language"):
         values = data.get(key) or []
@@ -193,24 +195,13 @@ def check_card(card: ModelCard) -> None:
         raise ValueError(f"The card's metadata are not valid: {'; '.join(problems)}.")
 
 
-def hub_name(name: str | None) -> str | None:
-    """`name` if it can be one on the Hub; None for paths of this machine and other text."""
-    return name if name and not os.path.exists(name) and _is_repo_id(name) else None
-
-
-def _is_repo_id(name: Any) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def _metadata(facts: CardFacts, rows: Iterable[_Acceptance], previous: ModelCardData | None) -> ModelCardData:
     record = facts.record
     base_model = hub_name(facts.base_model)
-    datasets = [name for name in record.datasets if _is_repo_id(name)]
+    datasets = [name for name in record.datasets if is_repo_id(name)]
     results = [result for row in rows if row.key for result in _results(row, facts)]
+    if facts.evaluation is not None:
+        results += evaluation_results(facts.evaluation)
     managed = {
         "base_model": base_model,
         # Specialists are weights beside the target's, without embedding and head: of what the Hub knows (adapter,
@@ -280,6 +271,11 @@ def _acceptance(facts: CardFacts) -> list[_Acceptance]:
     if speed is not None:
         timed = _joined("generate, timed", speed.prompts, "prompt")
         rows.append(_Acceptance("pos-acc", timed, speed.pos_acc, speed.tau, "timed"))
+    if facts.evaluation is not None:
+        for row in facts.evaluation.acceptance:
+            temperature = f"temperature {row['temperature']:g}"
+            source = _joined(f"evaluation, {temperature}", row["questions"], "question")
+            rows.append(_Acceptance("pos-acc", source, row["pos_acc"], row["tau"], temperature))
     rows = [
         replace(
             row,
@@ -292,7 +288,7 @@ def _acceptance(facts: CardFacts) -> list[_Acceptance]:
 
 
 def _joined(source: str, number: int | None, noun: str) -> str:
-    return f"{source}, {_count(number, noun)}" if number else source
+    return f"{source}, {count(number, noun)}" if number else source
 
 
 def _explanations(facts: CardFacts, rows: Iterable[_Acceptance]) -> list[str]:
@@ -306,38 +302,40 @@ def _explanations(facts: CardFacts, rows: Iterable[_Acceptance]) -> list[str]:
     if None in keys:
         lines.append("Top-1 accuracy: the same over all rows, whatever came before in the chain.")
     if "generate" in keys:
-        settings = _listed(facts.record.generate_settings)
+        settings = listed(facts.record.generate_settings)
         lines.append(f"generate: what the target accepted while it wrote{f' ({settings})' if settings else ''}.")
+    if facts.evaluation is not None and facts.evaluation.acceptance:
+        lines.append("evaluation: what the target accepted while it answered the prompts of the evaluation below.")
     return lines
 
 
 def _training(facts: CardFacts) -> list[tuple[str, Any]]:
     config, record = facts.config, facts.record
     revision = f" at `{record.base_model_revision}`" if record.base_model_revision else ""
-    data = [*map(_linked, record.datasets), *(f"`{name}`" for name in record.files)]
+    data = [*map(linked, record.datasets), *(f"`{name}`" for name in record.files)]
     return [
-        ("Target", _linked(facts.base_model) + revision if facts.base_model else None),
-        ("Started from", _linked(record.init_from) if record.init_from else None),
+        ("Target", linked(facts.base_model) + revision if facts.base_model else None),
+        ("Started from", linked(record.init_from) if record.init_from else None),
         ("Data", ", ".join(data)),
-        ("Samples", _grouped(record.samples)),
-        ("Tokens an epoch", _grouped(record.tokens)),
-        ("Losses", _listed(record.losses)),
+        ("Samples", grouped(record.samples)),
+        ("Tokens an epoch", grouped(record.tokens)),
+        ("Losses", listed(record.losses)),
         ("Draft positions, K", config.num_draft_positions),
         ("Positions a specialist, n", config.positions_per_specialist),
         ("Target layers read", ", ".join(map(str, config.feature_layers or ()))),
-        ("Draft vocabulary", _grouped(config.draft_vocab_size)),
-        ("Specialists", f"low-rank: {_listed(config.specialist_adapter)}" if config.specialist_adapter else None),
+        ("Draft vocabulary", grouped(config.draft_vocab_size)),
+        ("Specialists", f"low-rank: {listed(config.specialist_adapter)}" if config.specialist_adapter else None),
         *((name.replace("_", " ").capitalize(), value) for name, value in record.hyperparameters.items()),
         ("Hardware", record.hardware),
-        ("Time", None if record.seconds is None else _duration(record.seconds)),
-        ("Versions", _listed(record.versions)),
+        ("Time", None if record.seconds is None else duration(record.seconds)),
+        ("Versions", listed(record.versions)),
     ]
 
 
 def _speed(speed: SpeedRecord) -> list[tuple[str, Any]]:
     speedup = None if speed.speedup is None else f"{speed.speedup:.2f}x"
     if speedup and speed.runs:
-        speedup += f", median of {_count(speed.runs, 'paired run')}"
+        speedup += f", median of {count(speed.runs, 'paired run')}"
     if speedup and speed.lowest is not None and speed.highest is not None:
         speedup += f" (lowest {speed.lowest:.2f}x, highest {speed.highest:.2f}x)"
     identical = None
@@ -345,7 +343,7 @@ def _speed(speed: SpeedRecord) -> list[tuple[str, Any]]:
         identical = f"{speed.identical} of {speed.prompts}"
     tau = None if speed.tau is None else f"{speed.tau:.2f}"
     if tau and speed.tokens and speed.rounds:
-        tau += f" ({_grouped(speed.tokens)} tokens in {_grouped(speed.rounds)} rounds)"
+        tau += f" ({grouped(speed.tokens)} tokens in {grouped(speed.rounds)} rounds)"
     return [
         ("Speed-up", speedup),
         ("Tokens a second without specialists", None if speed.plain_rate is None else f"{speed.plain_rate:.1f}"),
@@ -353,42 +351,30 @@ def _speed(speed: SpeedRecord) -> list[tuple[str, Any]]:
         ("Outputs identical to plain `generate`", identical),
         ("tau", tau),
         ("Time spent", ", ".join(f"{name} {share:.0%}" for name, share in speed.time_shares.items())),
-        ("Target", _linked(speed.target) if speed.target else None),
-        ("Settings", _listed(speed.settings)),
+        ("Target", linked(speed.target) if speed.target else None),
+        ("Settings", listed(speed.settings)),
         ("Machine", speed.hardware),
-        ("Versions", _listed(speed.versions)),
+        ("Versions", listed(speed.versions)),
     ]
 
 
-def _cells(rows: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """Rows of a table that have something to tell, as text that does not break it."""
-    return [(title, _cell(value)) for title, value in rows if value not in (None, "", [], {})]
-
-
-def _cell(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
-
-
-def _listed(values: dict[str, Any] | None) -> str:
-    return ", ".join(
-        f"{name} {', '.join(map(str, value)) if isinstance(value, list) else _cell(value)}"
-        for name, value in (values or {}).items()
-    )
-
-
-def _linked(name: str) -> str:
-    if "/" in name and hub_name(name):
-        return f"[{name}](https://huggingface.co/{name})"
-    return f"`{os.path.basename(os.path.normpath(name))}`"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{_grouped(number)} {noun}{'' if number == 1 else 's'}"
-
-
-def _grouped(number: int | None) -> str | None:
-    return None if number is None else f"{number:,}"
+def _evaluation(record: EvaluationRecord) -> dict[str, Any]:
+    """What the template has of an evaluation."""
+    about = [
+        ("Target", linked(record.target) if record.target else None),
+        ("Settings", listed(record.settings)),
+        ("Machine", record.hardware),
+        ("Versions", listed(record.versions)),
+    ]
+    return {
+        "drafter": cell(record.drafter),
+        "results": results_table(record),
+        "explanations": explanations(record),
+        "compared": comparison_table(record),
+        "comparisons": {name: list(map(cell, sentences)) for name, sentences in record.comparisons.items()},
+        "about": cells(about),
+        "command": shell(record.command),
+    }
 
 
 def _spans(config: PosSConfig) -> list[tuple[int, str]]:
@@ -408,14 +394,3 @@ def _size(config: PosSConfig) -> str:
         if parameters >= size:
             return f"{parameters / size:.2f} {unit} parameters{stored}."
     return f"{parameters:,} parameters{stored}."
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _shell(command: str | None) -> str | None:
-    return None if not command else command.replace("```", "'''")

@@ -12,7 +12,7 @@ from ..checkpoints import check_loading_info, is_published_layout, read_publishe
 from ..compatibility import relative_imports
 from ..configuration_poss import PosSConfig
 from ..modeling_poss import PosSModel
-from .record import SPEED_RECORD, TRAINING_RECORD
+from .record import EVALUATION_RECORD, SPEED_RECORD, TRAINING_RECORD
 
 
 __all__ = ["check_weights", "empty_model", "publishable_files", "read_config", "weight_files"]
@@ -21,7 +21,8 @@ CARD = "README.md"
 TOKENIZER_REFERENCE = "tokenizer_reference.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_ALWAYS = (CARD, "config.json", "generation_config.json", TOKENIZER_REFERENCE, TRAINING_RECORD, SPEED_RECORD)
+_RECORDS = (TRAINING_RECORD, SPEED_RECORD, EVALUATION_RECORD)
+_ALWAYS = (CARD, "config.json", "generation_config.json", TOKENIZER_REFERENCE, *_RECORDS)
 _LICENSES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([\w./-]+\.(?:png|jpe?g|svg|gif|webp))\)", re.IGNORECASE)
 

@@ -15,8 +15,8 @@ from transformers.utils import logging
 from ..checkpoints import is_published_layout
 from ..configuration_poss import PosSConfig
 from .card import refresh_card
-from .card_text import hub_name
 from .folder import check_weights, publishable_files, read_config
+from .markdown import hub_name
 from .record import TrainingRecord, read_training_record
 from .tokenizer_reference import write_tokenizer_reference
 

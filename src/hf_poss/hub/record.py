@@ -1,4 +1,4 @@
-"""What a folder tells of how its specialists were made and how fast they are; a model card is written from it."""
+"""What a folder tells of how its specialists were made and what was measured; a model card is written from it."""
 
 import dataclasses
 import itertools
@@ -16,20 +16,32 @@ from .provenance import without_secrets
 
 
 __all__ = [
+    "EVALUATION_RECORD",
     "SPEED_RECORD",
     "TRAINING_RECORD",
+    "EvaluationRecord",
     "SpeedRecord",
     "TrainingRecord",
     "is_number",
+    "read_evaluation_record",
     "read_speed_record",
     "read_training_record",
     "update_training_record",
+    "write_evaluation_record",
     "write_speed_record",
     "write_training_record",
 ]
 
 TRAINING_RECORD = "training_record.json"
 SPEED_RECORD = "speed.json"
+EVALUATION_RECORD = "evaluation_record.json"
+# What tells the rows of an evaluation's tables apart, and by how many questions they are.
+_ROWS = {
+    "results": {"temperature", "benchmark", "questions"},
+    "acceptance": {"temperature", "questions", "tau", "pos_acc"},
+    "compared": {"temperature", "drafter"},
+    "spread": {"temperature"},
+}
 
 
 @dataclass
@@ -150,6 +162,58 @@ class SpeedRecord:
         _settle(self)
 
 
+@dataclass
+class EvaluationRecord:
+    """What `hf-poss evaluate` found of specialists, see [`evaluation_record`]. What is not known is left out.
+
+    Args:
+        target: Hub name or folder name of the target that ran.
+        drafter: what the specialists are called in `comparisons`.
+        checkpoints: of that name, training seeds of one method; `comparisons` and `spread` are over all of them,
+            `results` of the one that the folder holds.
+        results: a dict by temperature and prompt set, their mean last: `temperature`, `benchmark`, `questions`, `tau`,
+            `tau_macro`, `tau_macro_interval`, `speed_up`, `speed_up_interval` (over plain decoding, whole calls), and
+            of texts that greedy search wrote `identical` of `compared`.
+        mean_over: prompt sets of the mean.
+        acceptance: a dict by temperature of the questions of these sets: `temperature`, `questions`, `tau`, `pos_acc`.
+        compared: a dict by temperature and other drafter with its means: `temperature`, `drafter`, `tau_macro`,
+            `speed_up`.
+        comparisons: by temperature ("0") a sentence each, those that are lost or not significant included.
+        spread: a dict by temperature: `temperature`, and mean and `_deviation` of `tau_macro` and `speed_up` over
+            checkpoints.
+        missing: what was not evaluated, a sentence each.
+        sources: by prompt set the address or Hub name that it is from.
+        settings: how it was run: dtype, batch size, new tokens, depth, size of the tree...
+        hardware, versions, command: as in [`TrainingRecord`].
+
+    Raises:
+        ValueError: if a value has another type, or a row lacks what says what it is of.
+    """
+
+    target: str | None = None
+    drafter: str | None = None
+    checkpoints: int | None = None
+    results: list[dict[str, Any]] = field(default_factory=list)
+    mean_over: list[str] = field(default_factory=list)
+    acceptance: list[dict[str, Any]] = field(default_factory=list)
+    compared: list[dict[str, Any]] = field(default_factory=list)
+    comparisons: dict[str, list[str]] = field(default_factory=dict)
+    spread: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    hardware: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str | None = None
+
+    def __post_init__(self):
+        _settle(self)
+        for name, needed in _ROWS.items():
+            for row in getattr(self, name):
+                if not isinstance(row, dict) or not needed <= row.keys():
+                    raise ValueError(f"`{name}` holds {row!r}; expected rows with {', '.join(sorted(needed))}.")
+
+
 def is_number(value: Any) -> bool:
     """Whether a value in a record is a figure: not missing, text, a truth value or infinite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -187,6 +251,16 @@ def write_speed_record(folder: str | os.PathLike, record: SpeedRecord | Mapping[
 def read_speed_record(folder: str | os.PathLike) -> SpeedRecord | None:
     """The record in `folder`, or None where there is none; raises as [`read_training_record`]."""
     return _read(Path(folder) / SPEED_RECORD, SpeedRecord)
+
+
+def write_evaluation_record(folder: str | os.PathLike, record: EvaluationRecord | Mapping[str, Any]) -> Path:
+    """Writes `evaluation_record.json`, as [`write_training_record`] does."""
+    return _write(Path(folder) / EVALUATION_RECORD, record, EvaluationRecord)
+
+
+def read_evaluation_record(folder: str | os.PathLike) -> EvaluationRecord | None:
+    """The record in `folder`, or None where there is none; raises as [`read_training_record`]."""
+    return _read(Path(folder) / EVALUATION_RECORD, EvaluationRecord)
 
 
 def _write(path: Path, record: Any, kind: type) -> Path:
