@@ -4,6 +4,7 @@ import statistics
 from dataclasses import asdict
 from typing import Any
 
+from ..measures import mean_acceptance_length, round_cost, speed_up
 from .benchmark import Benchmark, Run
 from .contestants import CONTESTANTS, PLAIN, PLAIN_COMPILED, Contestant
 from .timing import Spread
@@ -52,15 +53,17 @@ def _contestant_figures(
     rounds = {id(run): run.rounds or _profiled_rounds(profile, run) for run in runs}
 
     def ratios(baseline: str, measure) -> Spread | None:
-        """`measure` of this contestant's runs over that of the baseline's beside them."""
+        """Speed-up of this contestant's runs over those of the baseline beside them."""
         pairs = ((run, by_place.get((baseline, run.repeat, run.prompt))) for run in runs)
-        return Spread.of([measure(run) / measure(other) for run, other in pairs if other is not None and _steps(run)])
+        return Spread.of(
+            [speed_up(*measure(run), *measure(other)) for run, other in pairs if other is not None and _steps(run)]
+        )
 
     def rhos() -> Spread | None:
         pairs = ((run, by_place.get((contestant.baseline, run.repeat, run.prompt))) for run in runs)
         return Spread.of(
             [
-                _decoding(run) / rounds[id(run)] / (_decoding(plain) / _steps(plain))
+                round_cost(_decoding(run), rounds[id(run)], _decoding(plain), _steps(plain))
                 for run, plain in pairs
                 if plain is not None and rounds[id(run)] and _steps(plain)
             ]
@@ -75,12 +78,14 @@ def _contestant_figures(
         **_start_up(benchmark, name, runs),
         "draft": None if contestant.settings is None else asdict(contestant.settings),
         "tau": _tau(with_rounds, rounds, profile),
-        "tokens_per_second": Spread.of([_rate(run) for run in runs]),
-        "decoding_tokens_per_second": Spread.of([_decoding_rate(run) for run in runs if _steps(run)]),
-        "speedup_over_plain": ratios(PLAIN, _rate),
-        "speedup_over_plain_compiled": ratios(PLAIN_COMPILED, _rate),
-        "decoding_speedup_over_plain": ratios(PLAIN, _decoding_rate),
-        "decoding_speedup_over_plain_compiled": ratios(PLAIN_COMPILED, _decoding_rate),
+        "tokens_per_second": Spread.of([tokens / seconds for tokens, seconds in map(_whole, runs)]),
+        "decoding_tokens_per_second": Spread.of(
+            [tokens / seconds for tokens, seconds in map(_decoded, filter(_steps, runs))]
+        ),
+        "speedup_over_plain": ratios(PLAIN, _whole),
+        "speedup_over_plain_compiled": ratios(PLAIN_COMPILED, _whole),
+        "decoding_speedup_over_plain": ratios(PLAIN, _decoded),
+        "decoding_speedup_over_plain_compiled": ratios(PLAIN_COMPILED, _decoded),
         "rho": rhos(),
         "rho_is_over": contestant.baseline,
         "round_seconds": round_seconds,
@@ -114,18 +119,20 @@ def _decoding(run: Run) -> float:
     return max(run.seconds - run.prompt_seconds, _SHORTEST)
 
 
-def _rate(run: Run) -> float:
-    return sum(run.new_tokens) / run.seconds
+def _whole(run: Run) -> tuple[int, float]:
+    """New tokens and seconds."""
+    return sum(run.new_tokens), run.seconds
 
 
-def _decoding_rate(run: Run) -> float:
-    return sum(tokens - 1 for tokens in run.new_tokens) / _decoding(run)
+def _decoded(run: Run) -> tuple[int, float]:
+    """The same without the prompt and the first token of each text."""
+    return sum(tokens - 1 for tokens in run.new_tokens), _decoding(run)
 
 
 def _tau(runs: list[Run], rounds: dict[int, int], profile: dict[str, Any]) -> float | None:
     """Tokens a round and row. In a batch rows end one by one, and the profile tells how many take part."""
     if runs and all(len(run.new_tokens) == 1 for run in runs):
-        return sum(run.new_tokens[0] - 1 for run in runs) / sum(rounds[id(run)] for run in runs)
+        return mean_acceptance_length(sum(run.new_tokens[0] - 1 for run in runs), sum(rounds[id(run)] for run in runs))
     return profile.get("tau")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..measures import speed_up
 from ..modeling_poss import PosSModel
 from ..statistics import GenerationStatistics, collect_statistics
 from .timing import timed_generate
@@ -54,7 +55,7 @@ class SpeedComparison:
         """Tokens a second with specialists over without, pair by pair."""
         lengths = [len(output) - self.prompt_length for output in (self.plain_output, self.poss_output)]
         return [
-            (lengths[1] / poss) / (lengths[0] / plain)
+            speed_up(lengths[1], poss, lengths[0], plain)
             for plain, poss in zip(self.plain_seconds, self.poss_seconds, strict=True)
         ]
 
