@@ -25,6 +25,8 @@ def run_script(script: str, folder: Path, with_package: bool, *arguments: str) -
     if not with_package and PACKAGE.parent == Path(torch.__file__).parents[1]:
         pytest.skip("hf_poss is installed beside torch, so no path holds one without the other")
     paths = [path for path in sys.path if path and (with_package or Path(path) != PACKAGE.parent)]
+    # `evaluate` puts the cache of this process there, once it has loaded a module.
+    paths = [path for path in paths if not (Path(path) / "transformers_modules").is_dir()]
     preamble = f"import sys\nsys.path[:] = {paths!r}\n"
     environment = {
         **os.environ,

@@ -141,11 +141,11 @@ def test_a_saved_folder_holds_every_weight_once(target, tmp_path):
 
 def test_the_check_of_memory_counts_what_is_made(target, monkeypatch):
     poss = adapted(target)
-    monkeypatch.setattr(limits, "_memory_of", lambda device: int(4.1 * poss.num_parameters()))
+    monkeypatch.setattr(limits, "device_memory", lambda device: int(4.1 * poss.num_parameters()))
     limits.check_size(poss.config)
     with pytest.raises(ValueError, match="need about"):
         limits.check_size(make_poss(target, positions_per_specialist=2, num_draft_positions=6).config)
-    monkeypatch.setattr(limits, "_memory_of", lambda device: int(3.5 * poss.num_parameters()))
+    monkeypatch.setattr(limits, "device_memory", lambda device: int(3.5 * poss.num_parameters()))
     with pytest.raises(ValueError, match="need about"):
         limits.check_size(poss.config)
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..hub.provenance import HUB_PREFIX
 from ..training.formats import Conversation
 from ..training.regenerated import rows_digest
 
 
 __all__ = [
     "BENCHMARKS",
-    "HUB_PREFIX",
     "PAPER_BENCHMARKS",
     "Question",
     "QuestionSet",
@@ -25,7 +25,6 @@ __all__ = [
 
 _EAGLE = "https://github.com/SafeAILab/EAGLE"
 _SPEC_BENCH = "https://github.com/hemingkx/Spec-Bench"
-HUB_PREFIX = "hub:"
 
 # The six sets of PosS (arXiv 2506.03566, section 4.1), those of EAGLE-2 and HASS too.
 PAPER_BENCHMARKS = ("mt_bench", "alpaca", "gsm8k", "humaneval", "qa", "sum")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ..evaluation.drafters import weights_digest
-from ..evaluation.questions import HUB_PREFIX
 from ..modeling_poss import PosSModel
 from .evaluation_table import MEAN
 from .markdown import hub_name
+from .provenance import HUB_PREFIX
 from .record import EvaluationRecord
 
 

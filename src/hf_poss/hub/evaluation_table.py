@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..evaluation.questions import HUB_PREFIX
 from .markdown import cell
+from .provenance import HUB_PREFIX
 from .record import EvaluationRecord, is_number
 
 

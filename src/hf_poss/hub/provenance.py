@@ -13,6 +13,7 @@ import torch
 
 
 __all__ = [
+    "HUB_PREFIX",
     "command_line",
     "dataset_fields",
     "describe_hardware",
@@ -21,6 +22,7 @@ __all__ = [
     "without_secrets",
 ]
 
+HUB_PREFIX = "hub:"  # of data sets on the Hub, where a path could stand as well
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft")
 _SECRET_OPTIONS = re.compile(r"(--[\w-]*(?:token|secret|password|api[_-]?key))[ =](?!-)\S+", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
