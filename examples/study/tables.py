@@ -53,12 +53,16 @@ def tau_table(results: Results, conditions: Sequence[str], suites: dict[str, str
     for name in conditions:
         if not results.seeds(name):
             continue
-        cells = [deviation(results.tau_by_seed(name, suite).values()) for suite in suites if results.has(name, suite)]
+        cells = [_tau_cell(results, name, suite) for suite in suites]
         seconds, _ = results.seconds(name)
         rows.append(
             [title(name), str(len(results.seeds(name))), f"{results.parameters(name):,}", f"{seconds:.0f}", *cells]
         )
     return table(["drafter", "seeds", "parameters", "training, s", *suites.values()], rows)
+
+
+def _tau_cell(results: Results, name: str, suite: str) -> str:
+    return deviation(results.tau_by_seed(name, suite).values()) if results.has(name, suite) else "–"
 
 
 def pos_acc_table(results: Results, conditions: Sequence[str], suite: str = "chain") -> str:
@@ -96,7 +100,7 @@ def depth_table(results: Results, conditions: Sequence[str]) -> str:
         cells = []
         for depth in range(1, POSITIONS + 1):
             suite = "chain" if depth == POSITIONS else f"chain, depth {depth}"
-            cells.append(deviation(results.tau_by_seed(name, suite).values()) if results.has(name, suite) else "–")
+            cells.append(_tau_cell(results, name, suite))
         rates = list(results.pos_acc_by_seed(name, "chain").values())
         if rates:
             rows.append([title(name), *cells, deviation([expected_tau(of) for of in rates])])

@@ -240,7 +240,8 @@ def is_placeholder(layer: Any) -> bool:
 
 
 # One with values, and one that stands for it where memory is predicted.
-_PLAIN_TENSORS = (torch.Tensor, torch._subclasses.FakeTensor)
+_FAKE_TENSOR = getattr(getattr(torch, "_subclasses", None), "FakeTensor", torch.Tensor)
+_PLAIN_TENSORS = (torch.Tensor, _FAKE_TENSOR)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
