@@ -17,6 +17,7 @@ from tables import (
     depth_table,
     pos_acc_table,
     slope_table,
+    suite_differences,
     tau_table,
 )
 
@@ -39,7 +40,7 @@ def rivals(loss: str) -> list[tuple[str, str]]:
     ]
 
 
-def blocks(stories: Results, demo: Results | None, family: Results | None) -> dict[str, Callable[[], str]]:
+def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callable[[], str]]:
     """Tables by name."""
     both = ("hass", "poss2")
     made: dict[str, Callable[[], str]] = {}
@@ -86,18 +87,11 @@ def blocks(stories: Results, demo: Results | None, family: Results | None) -> di
         [f"{name}/{of}" for of in both for name in ("token", "then-code", "mixed-code")],
         {"chain": "stories", "chain, code": "code"},
     )
-    made["against-forgetting"] = lambda: "\n\n".join(
-        against(
-            stories,
-            [
-                pair
-                for of in both
-                for pair in ((f"then-code/{of}", f"token/{of}"), (f"then-code/{of}", f"mixed-code/{of}"))
-            ],
-            suite,
-        )
-        for suite in ("chain", "chain, code")
-    )
+    forgetting = [(f"then-code/{of}", f"{name}/{of}") for of in both for name in ("token", "mixed-code")]
+    made["against-forgetting-stories"] = lambda: against(stories, forgetting, "chain")
+    made["against-forgetting-code"] = lambda: against(stories, forgetting, "chain, code")
+    elsewhere = [*(f"chain, {of}" for of in OTHERS), "chain, long", "chain, T = 1"]
+    made["elsewhere"] = lambda: suite_differences(stories, "token/poss2", elsewhere, "chain")
     made["convergence"] = lambda: curve_table(stories, [*names("token"), *names("paper"), "long/hass", "long/poss2"])
     rates = [f"{rate}/{of}" for of in both for rate in ("rate0.0003", "token", "rate0.003")]
     made["rates"] = lambda: tau_table(stories, rates, SUITES)
@@ -112,13 +106,11 @@ def blocks(stories: Results, demo: Results | None, family: Results | None) -> di
     trees = ("tree, 8 nodes", "tree, 12 nodes", "tree", "tree, 30 nodes", "tree, 60 nodes")
     made["trees"] = lambda: tau_table(stories, names("token", both), {suite: suite for suite in ("chain", *trees)})
     for name, results in (("demo", demo), ("family", family)):
-        if results is not None:
-            made[f"tau-{name}"] = lambda results=results: tau_table(results, ["start", *names("token")], SUITES)
-            made[f"pos-acc-{name}"] = lambda results=results: pos_acc_table(results, ["start", *names("token")])
-            made[f"against-{name}"] = lambda results=results: against(results, rivals("token"))
-            made[f"against-{name}-tree"] = lambda results=results: against(results, rivals("token"), "tree")
-    if demo is not None:
-        made["data-demo"] = lambda: against(demo, [("token/poss2", "fixed/poss2")])
+        made[f"tau-{name}"] = lambda results=results: tau_table(results, ["start", *names("token")], SUITES)
+        made[f"pos-acc-{name}"] = lambda results=results: pos_acc_table(results, ["start", *names("token")])
+        made[f"against-{name}"] = lambda results=results: against(results, rivals("token"))
+        made[f"against-{name}-tree"] = lambda results=results: against(results, rivals("token"), "tree")
+    made["data-demo"] = lambda: against(demo, [("token/poss2", "fixed/poss2")])
     return made
 
 
@@ -143,7 +135,7 @@ def main() -> None:
     read = {}
     for plan in ("stories", "demo", "family"):
         path = args.results / f"study_{plan}.json"
-        read[plan] = Results.read(path) if path.is_file() else None
+        read[plan] = Results.read(path) if path.is_file() else Results({}, "", {})
     tables = blocks(**read)
     if args.write is None:
         for name, make in tables.items():

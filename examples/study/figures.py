@@ -46,7 +46,7 @@ def draw_pos_acc(results: Results, panels: Mapping[str, Sequence[str]], path: Pa
 
 def draw_depths(results: Results, conditions: Sequence[str], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
-    for index, condition in enumerate(conditions):
+    for index, condition in enumerate(condition for condition in conditions if results.seeds(condition)):
         suites = [*(f"chain, depth {depth}" for depth in range(1, POSITIONS)), "chain"]
         taus = [results.tau_by_seed(condition, suite) for suite in suites]
         seeds = sorted(set.intersection(*map(set, taus)))

@@ -62,10 +62,6 @@ class Results:
             for seed, counts in self.measured(name, suite).items()
         }
 
-    def seconds(self, name: str) -> tuple[float, float | None]:
-        """Of training, mean and standard deviation over seeds."""
-        return mean_and_deviation([run["training"]["seconds"] for run in self.seeds(name).values()])
-
     def parameters(self, name: str) -> int:
         return next(iter(self.seeds(name).values()))["training"]["parameters"]
 

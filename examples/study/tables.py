@@ -28,6 +28,8 @@ def title(condition: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return "Not measured yet."
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
@@ -49,16 +51,15 @@ def tau_table(results: Results, conditions: Sequence[str], suites: dict[str, str
     Args:
         suites: their names with the heads of their columns.
     """
+    several = len({name.partition("/")[0] for name in conditions if "/" in name}) > 1
+    told = {name: f"{title(name)} (`{name}`)" if several else title(name) for name in conditions}
     rows = []
     for name in conditions:
         if not results.seeds(name):
             continue
         cells = [_tau_cell(results, name, suite) for suite in suites]
-        seconds, _ = results.seconds(name)
-        rows.append(
-            [title(name), str(len(results.seeds(name))), f"{results.parameters(name):,}", f"{seconds:.0f}", *cells]
-        )
-    return table(["drafter", "seeds", "parameters", "training, s", *suites.values()], rows)
+        rows.append([told[name], str(len(results.seeds(name))), f"{results.parameters(name):,}", *cells])
+    return table(["drafter", "seeds", "parameters", *suites.values()], rows)
 
 
 def _tau_cell(results: Results, name: str, suite: str) -> str:
