@@ -35,8 +35,9 @@ def _maths(corpora: Path) -> Iterator[str]:
 
 
 def _chat(corpora: Path) -> Iterator[str]:
-    for record in _json_lines(corpora / "chat" / "synthetic_conversations_1k.jsonl"):
-        yield "\n".join(f"{turn['role']}: {turn['content']}" for turn in record["messages"])
+    for name, turns in (("synthetic_conversations_1k", "messages"), ("sgd_train_conversations", "conversations")):
+        for record in _json_lines(corpora / "chat" / f"{name}.jsonl"):
+            yield "\n".join(f"{turn['role']}: {turn['content']}" for turn in record[turns])
 
 
 _DOCUMENTS: dict[str, Callable[[Path], Iterator[str]]] = {"code": _code, "maths": _maths, "chat": _chat}
