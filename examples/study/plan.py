@@ -47,18 +47,22 @@ class Run:
 
     @property
     def folder(self) -> str:
-        return f"{self.name.replace('/', '-')}/seed{self.seed}"
+        return _folder(self.name, self.seed)
+
+    @property
+    def start_folder(self) -> str | None:
+        """Of the run that it begins from, None for fresh weights."""
+        return None if self.start is None else _folder(self.start, self.seed)
+
+
+def _folder(name: str, seed: int) -> str:
+    return f"{name.replace('/', '-')}/seed{seed}"
 
 
 OTHERS = ("code", "maths", "chat")
 
 
-def _start(**changes) -> Run:
-    return (
-        Run("start", 0, "start", None, losses=PAPER_LOSS, positions=1, steps=1000, learning_rate=2e-3, questions=(1,))
-        if not changes
-        else replace(_start(), **changes)
-    )
+START = Run("start", 0, "start", None, losses=PAPER_LOSS, positions=1, steps=1000, learning_rate=2e-3, questions=(1,))
 
 
 def main_runs() -> Iterator[Run]:
@@ -92,7 +96,7 @@ def loss_runs() -> Iterator[Run]:
 
 def fused_runs() -> Iterator[Run]:
     """Question 4: features of three layers, from a start of their own."""
-    yield _start(name="fused-start", feature_layers=LAYERS_READ, questions=(4,))
+    yield replace(START, name="fused-start", feature_layers=LAYERS_READ, questions=(4,))
     for method in ("hass", "poss2"):
         yield Run(f"fused/{method}", 0, method, start="fused-start", questions=(4,))
 
@@ -130,7 +134,7 @@ def sensitivity_runs() -> Iterator[Run]:
 def stories_runs() -> list[Run]:
     """All runs on stories260k, what others begin from first."""
     conditions = [
-        _start(),
+        START,
         *main_runs(),
         *control_runs(),
         *attention_runs(),
@@ -151,7 +155,7 @@ def demo_runs() -> list[Run]:
     """Question 1 on the demo target, which is deep enough for drafts to pay, and question 5 on its own domain."""
     methods = ("hass", "poss1", "poss2", "poss3", "eagle")
     conditions = [
-        _start(),
+        START,
         *(Run(f"token/{method}", 0, method, questions=(1,)) for method in methods),
         Run("fixed/poss2", 0, "poss2", data="fixed:home", questions=(5,)),
     ]
@@ -161,7 +165,7 @@ def demo_runs() -> list[Run]:
 def family_runs() -> list[Run]:
     """Question 6 on a target of another family."""
     conditions = [
-        _start(),
+        START,
         *(Run(f"token/{method}", 0, method, questions=(6,)) for method in ("eagle", "hass", "poss2")),
     ]
     return [replace(run, seed=seed) for run in conditions for seed in SEEDS]

@@ -111,10 +111,7 @@ class Study:
 
     def is_ready(self, run: Run) -> bool:
         """Whether what it begins from is there."""
-        return (
-            run.start is None
-            or (self.output / f"{run.start.replace('/', '-')}/seed{run.seed}" / "training.json").is_file()
-        )
+        return run.start is None or (self.output / run.start_folder / "training.json").is_file()
 
     @contextmanager
     def held(self, run: Run) -> Iterator[bool]:

@@ -58,7 +58,7 @@ def initial_drafter(run: Run, source: TextSource, output: Path) -> PosSModel:
         return PosSModel.from_target(
             source.target, positions_per_specialist=1, num_draft_positions=1, feature_layers=layers
         )
-    start = output / f"{run.start.replace('/', '-')}/seed{run.seed}" / "drafter"
+    start = output / run.start_folder / "drafter"
     set_seed(run.seed)
     if run.method == "go on":
         return PosSModel.from_pretrained(start, dtype="float32").to(source.target.device).attach(source.target)

@@ -120,7 +120,7 @@ def test_every_run_begins_from_a_run_before_it(study, plan):
     seen = set()
     for run in study.plan.PLANS[plan]():
         assert run.folder not in seen
-        assert run.start is None or f"{run.start.replace('/', '-')}/seed{run.seed}" in seen, run.name
+        assert run.start is None or run.start_folder in seen, run.name
         seen.add(run.folder)
 
 

@@ -5,12 +5,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers.utils import logging
+from ..hub.plots import blank_figure
 
 
 __all__ = ["plot_profile"]
-
-logger = logging.get_logger(__name__)
 
 _PARTS = ("target_weights", "drafter_weights", "copies", "target_cache", "specialist_caches", "activations")
 _COLORS = ("#44546a", "#1f77b4", "#9ecae1", "#2ca02c", "#98df8a", "#d62728")
@@ -28,18 +26,11 @@ def plot_profile(path: str | os.PathLike, result: Mapping[str, Any]) -> bool:
     Returns:
         Whether it was drawn: without matplotlib, one line of log says that it was not.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning_once(
-            "matplotlib is not installed: the profile has no figure. pip install 'hf-poss[evaluation]'."
-        )
-        return False
-
     measured = result["cases"]
-    figure = Figure(figsize=(12 if measured else 6, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    without = "the profile has no figure. pip install 'hf-poss[evaluation]'"
+    figure = blank_figure((12 if measured else 6, 4), without)
+    if figure is None:
+        return False
     panels = figure.subplots(1, 3 if measured else 1, squeeze=False)[0]
     _draw_memory(panels[0], result)
     if measured:

@@ -4,16 +4,39 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
 
-__all__ = ["plot_acceptance"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+__all__ = ["blank_figure", "plot_acceptance"]
 
 logger = logging.get_logger(__name__)
 
 _SERIES = ("#1f77b4", "#d62728", "#2ca02c")
 _BANDS = ("#eef3f8", "#ffffff")
+
+
+def blank_figure(size: tuple[float, float], without: str) -> "Figure | None":
+    """A figure that needs no display; None without matplotlib, of which one line of log tells.
+
+    Args:
+        size: width and height in inches.
+        without: what is missing then, and what to install.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning_once(f"matplotlib is not installed: {without}.")
+        return None
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def plot_acceptance(
@@ -37,19 +60,12 @@ def plot_acceptance(
     Returns:
         Whether it was drawn: without matplotlib, one line of log says that it was not.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning_once(
-            "matplotlib is not installed: the model card has tables without their plot. pip install 'hf-poss[hub]'."
-        )
+    figure = blank_figure((8, 3.2), "the model card has tables without their plot. pip install 'hf-poss[hub]'")
+    if figure is None:
         return False
 
     names = list(dict.fromkeys((*pos_acc, *tau)))
     colors = dict(zip(names, itertools.cycle(_SERIES), strict=False))
-    figure = Figure(figsize=(8, 3.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     rates, lengths = figure.subplots(1, 2, width_ratios=(5, 2))
 
     last = max((len(values) for values in pos_acc.values()), default=0)
