@@ -42,6 +42,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 from hf_poss import PosSCandidateGenerator, caches, collect_statistics, static_rounds
+from hf_poss.compatibility import CACHE
 
 
 PROMPTS = [make_prompt(7, seed=1), make_prompt(3, seed=2), make_prompt(11, seed=3)]
@@ -602,7 +603,7 @@ def test_the_targets_cache_is_not_copied(family, three_rows, shape, monkeypatch,
     places, storages, moved, copied = [], set(), [], []
 
     def see(module, args, kwargs):
-        layers = kwargs["past_key_values"].layers
+        layers = kwargs[CACHE].layers
         held = [states for layer in layers if layer.buffer.states for states in layer.buffer.states]
         places.append([states.data_ptr() for states in held])
         storages.update(states.untyped_storage().data_ptr() for states in held)

@@ -23,6 +23,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from hf_poss import PosSCandidateGenerator, PosSModel, candidate_generator, collect_statistics
 from hf_poss.candidate_generator import DraftSettings, prompt_entries
+from hf_poss.compatibility import CACHE
 from hf_poss.draft_passes import DraftPasses
 from hf_poss.modeling_poss import PosSSpecialist
 
@@ -288,7 +289,7 @@ def test_caches_inside_generate_are_those_of_a_fresh_prefill(shape, lengths, bef
     plain = write(30, inputs if before == "nothing" else said(write(6, inputs)))
     scripted(*(with_slips(text.tolist(), 4 + 3 * row) for row, text in enumerate(texts_of(plain))))
 
-    kwargs = {"past_key_values": DynamicCache(config=target.config)}
+    kwargs = {CACHE: DynamicCache(config=target.config)}
     if before != "nothing":
         inputs = said(write(6, inputs, assistant_model=poss if before == "poss_turn" else None, **kwargs))
     snapshots = []

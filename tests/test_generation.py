@@ -43,6 +43,7 @@ from transformers import (
 
 import hf_poss
 from hf_poss import PosSModel, collect_statistics, decoding
+from hf_poss.compatibility import CACHE
 from hf_poss.verification import Walk
 
 
@@ -276,7 +277,7 @@ def test_a_full_cache_is_refused():
     cache = DynamicCache(config=target.config)
     with torch.no_grad():
         target(prompt, past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values"):
+    with pytest.raises(ValueError, match=CACHE):
         target.generate(prompt, past_key_values=cache, assistant_model=drafter_for(target, "tree"), max_new_tokens=4)
 
 

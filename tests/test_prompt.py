@@ -5,6 +5,7 @@ import torch
 from conftest import small_target
 from transformers import DynamicCache, GenerationConfig
 
+from hf_poss.compatibility import CACHE
 from hf_poss.prompt import Prompt, columns_of
 
 
@@ -15,7 +16,7 @@ def filled(tokens: int) -> DynamicCache:
 
 
 def make_prompt(tokens: int, cached: int, mask: int | None) -> Prompt:
-    kwargs = {"past_key_values": filled(cached) if cached else DynamicCache()}
+    kwargs = {CACHE: filled(cached) if cached else DynamicCache()}
     if mask is not None:
         kwargs["attention_mask"] = torch.ones(1, mask, dtype=torch.long)
     return Prompt.of(small_target(), torch.full((1, tokens), 3), GenerationConfig(), kwargs)
@@ -41,12 +42,12 @@ def test_a_cache_that_leaves_its_device_is_refused():
     cache = DynamicCache()
     cache.offloading = True
     with pytest.raises(ValueError, match="DynamicCache with offloading"):
-        Prompt.of(small_target(), torch.full((1, 3), 3), GenerationConfig(), {"past_key_values": cache})
+        Prompt.of(small_target(), torch.full((1, 3), 3), GenerationConfig(), {CACHE: cache})
 
 
 def test_padding_is_counted_by_row():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    kwargs = {"attention_mask": mask, "past_key_values": DynamicCache()}
+    kwargs = {"attention_mask": mask, CACHE: DynamicCache()}
     prompt = Prompt.of(small_target(), torch.full((2, 4), 3), GenerationConfig(), kwargs)
     assert (prompt.lengths, prompt.shortest, prompt.longest) == ([2, 4], 2, 4)
     assert prompt.padding.tolist() == [2, 0]

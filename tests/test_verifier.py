@@ -8,6 +8,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from hf_poss.caches import TargetCache
 from hf_poss.candidate_generator import DraftSettings
+from hf_poss.compatibility import CACHE
 from hf_poss.draft_tree import DraftTree
 from hf_poss.prompt import Prompt
 from hf_poss.verifier import Verifier
@@ -46,7 +47,7 @@ def test_a_pass_puts_nodes_of_a_depth_at_one_position_behind_their_row():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     input_ids = torch.full((2, 5), 3)
     cache = TargetCache(DynamicCache(), rows=2)
-    prompt = Prompt.of(target, input_ids, GenerationConfig(), {"attention_mask": mask, "past_key_values": cache.cache})
+    prompt = Prompt.of(target, input_ids, GenerationConfig(), {"attention_mask": mask, CACHE: cache.cache})
     cache.columns.lengths = [5, 6]
     tree = DraftTree(
         tokens=torch.tensor([[7, 4, 5, 6]] * 2),
@@ -66,8 +67,6 @@ def test_learned_positions_run_out_and_rotary_ones_do_not():
     for family, left in (("gpt2", 21), ("llama", None)):
         target = small_target(family, max_position_embeddings=32)
         cache = TargetCache(DynamicCache(), rows=1)
-        prompt = Prompt.of(
-            target, torch.full((1, 10), 3), GenerationConfig(), {**mask, "past_key_values": cache.cache}
-        )
+        prompt = Prompt.of(target, torch.full((1, 10), 3), GenerationConfig(), {**mask, CACHE: cache.cache})
         cache.columns.lengths = [10]
         assert make_verifier(target).positions_left(cache, prompt) == left

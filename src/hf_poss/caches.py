@@ -13,7 +13,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from .compatibility import is_placeholder, mark_static
+from .compatibility import CACHE, is_placeholder, mark_static
 from .transfers import upload
 
 
@@ -295,14 +295,14 @@ class TargetCache:
             if type(layer) not in _LAYERS and not is_placeholder(layer):
                 raise ValueError(
                     f"The cache has a {type(layer).__name__}, which rejected drafts cannot be taken out of. Pass a "
-                    "`DynamicCache`, or leave out `past_key_values` and `cache_implementation`; if the target makes "
+                    f"`DynamicCache`, or leave out `{CACHE}` and `cache_implementation`; if the target makes "
                     "such layers by itself, call `generate` without this assistant."
                 )
             held = getattr(layer, "keys", None)
             if held is not None and held.numel() and held.shape[0] != rows:
                 raise ValueError(
-                    f"`past_key_values` holds {held.shape[0]} row(s) and the batch has {rows} (prompts times "
-                    "`num_return_sequences`). Repeat it with `past_key_values.batch_repeat_interleave(n)`."
+                    f"`{CACHE}` holds {held.shape[0]} row(s) and the batch has {rows} (prompts times "
+                    f"`num_return_sequences`). Repeat it with `{CACHE}.batch_repeat_interleave(n)`."
                 )
 
     @contextmanager

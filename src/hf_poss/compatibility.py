@@ -32,6 +32,7 @@ from transformers.utils import output_capturing
 
 
 __all__ = [
+    "CACHE",
     "CANDIDATES",
     "DECODE",
     "SELECTS_HIDDEN_STATES",
@@ -85,6 +86,9 @@ _HOOKS = {
         "assistant_model",
     ),
 }
+# What targets, `generate` and their outputs call the keys and values: `past_key_values`, or since 5.24 `cache`.
+_TAKEN = inspect.signature(inspect.unwrap(GenerationMixin.prepare_inputs_for_generation)).parameters
+CACHE = "cache" if "cache" in _TAKEN else "past_key_values"
 # What `PosSTrainer` overrides beyond Trainer's public methods.
 _TRAINER_METHODS = {
     "_get_output_dir": ("trial",),

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .caches import Columns, TargetCache
 from .candidate_generator import DraftSettings, PosSCandidateGenerator, prompt_entries
 from .compatibility import (
+    CACHE,
     compile_settings,
     input_device,
     outlives_call,
@@ -79,7 +80,7 @@ def decode(
     rows, config = input_ids.shape[0], generation_config
     prompt = Prompt.of(target, input_ids, config, model_kwargs)
     obstacle = adapter_obstacle(target) or rope_obstacle(target, prompt.first_length, config.max_length)
-    static = is_static(model_kwargs["past_key_values"])
+    static = is_static(model_kwargs[CACHE])
     if obstacle is None and static:
         obstacle = mask_obstacle(target)
     if obstacle is not None:
@@ -129,11 +130,11 @@ def decode(
             fixed = _fixed(target, drafter, settings, model_kwargs, rows, longest + settings.depth + 1)
             buffers = stack.enter_context(fixed)
         cache = TargetCache(
-            model_kwargs["past_key_values"],
+            model_kwargs[CACHE],
             rows,
             longest + max(settings.total_tokens, settings.depth + 1),
             None if buffers is None else buffers.layers,
-            outlives=outlives_call(model_kwargs["past_key_values"], config),
+            outlives=outlives_call(model_kwargs[CACHE], config),
         )
         record = stack.enter_context(
             recorded_call(specialists.positions_per_specialist, specialists.num_specialists, device, rows)
@@ -192,7 +193,7 @@ def decode(
         logits=stacked([picker.logits for picker in pickers], steps) if config.output_logits else None,
         hidden_states=outputs.hidden_states(steps),
         attentions=outputs.attentions(steps),
-        past_key_values=model_kwargs["past_key_values"],
+        **{CACHE: model_kwargs[CACHE]},
     )
 
 
@@ -210,7 +211,7 @@ def _fixed(
     Args:
         limit: columns of context that a row may come to need.
     """
-    layers = model_kwargs["past_key_values"].layers
+    layers = model_kwargs[CACHE].layers
     capacity = bucket(max(limit, *(getattr(layer, "max_cache_len", 0) for layer in layers)))
     nodes, draft_nodes = settings.total_tokens, settings.depth * settings.top_k
     make = functools.partial(StaticBuffers.of, len(layers), capacity, nodes, draft_nodes)
@@ -363,7 +364,7 @@ class _Loop:
             )
             # Some targets hand on another cache (Phi-3 beyond its original length) or other positions (PaliGemma's
             # count from 1) than they were given.
-            inputs["past_key_values"] = self.cache.cache
+            inputs[CACHE] = self.cache.cache
             if inputs.get("position_ids") is not None and prompt.positions is not None:
                 prompt.positions = inputs["position_ids"][..., -1].expand(prompt.positions.shape)
             outputs = self.target(**{**inputs, **overrides, "return_dict": True})
@@ -401,7 +402,7 @@ class _Loop:
         if known is not None or tokens is None:
             return known
         logger.warning_once(
-            "`past_key_values` was filled without these specialists, so the target reads what it holds once more, for "
+            f"`{CACHE}` was filled without these specialists, so the target reads what it holds once more, for "
             "their context. Calls that go on from a cache which they filled themselves do without."
         )
         kept = {name: model_kwargs[name] for name in ("logits_to_keep",) if name in model_kwargs}

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .compatibility import prompt_mask_length
+from .compatibility import CACHE, prompt_mask_length
 
 
 __all__ = ["Prompt", "columns_of", "takes_positions"]
@@ -45,11 +45,11 @@ class Prompt:
                 "`inputs_embeds` were given; specialists read the prompt's tokens. Pass `input_ids`, or leave out "
                 "`assistant_model`."
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
             raise ValueError(
                 f"The cache of the call is {type(cache).__name__}{' with offloading' * isinstance(cache, Cache)}; "
-                "drafts are verified in a `DynamicCache` that stays on its device. Leave out `past_key_values`."
+                f"drafts are verified in a `DynamicCache` that stays on its device. Leave out `{CACHE}`."
             )
         cached = int(cache.get_seq_length())
         covered = prompt_mask_length(config, model_kwargs)
@@ -57,7 +57,7 @@ class Prompt:
             covered = tokens if tokens > cached else cached + tokens
         if covered <= cached or covered not in (tokens, cached + tokens):
             raise ValueError(
-                f"`past_key_values` holds {cached} tokens, `input_ids` has {tokens} and `attention_mask` covers "
+                f"`{CACHE}` holds {cached} tokens, `input_ids` has {tokens} and `attention_mask` covers "
                 f"{covered}. Pass the whole sequence in `input_ids` with its mask, the cached tokens included, and at "
                 "least one new token."
             )

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from .caches import TargetCache
 from .candidate_generator import DraftSettings
-from .compatibility import attention_of, input_device
+from .compatibility import CACHE, attention_of, input_device
 from .draft_tree import DraftTree
 from .limits import last_position
 from .masks import LayerKinds, chain_mask, tree_masks
@@ -84,7 +84,7 @@ class Verifier:
         inputs = {
             "input_ids": tree.tokens.to(device),
             "attention_mask": mask,
-            "past_key_values": cache.cache,
+            CACHE: cache.cache,
             "use_cache": True,
             "return_dict": True,
         }

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..compatibility import CACHE
 from ..configuration_poss import eos_token_ids
 from ..draft_tree import DraftTree
 from ..modeling_poss import PosSModel, TargetReference
@@ -319,5 +320,5 @@ class Benchmark:
         output = self.target.generate(
             **prompt.inputs, do_sample=False, max_new_tokens=1, return_dict_in_generate=True, use_cache=True
         )
-        held = ((getattr(layer, name, None) for name in ("keys", "values")) for layer in output.past_key_values.layers)
+        held = ((getattr(layer, name, None) for name in ("keys", "values")) for layer in output[CACHE].layers)
         return sum(states.nbytes for pair in held for states in pair if states is not None)

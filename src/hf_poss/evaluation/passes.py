@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ..compatibility import CACHE
+
 
 __all__ = ["emitted_tokens", "target_passes"]
 
@@ -19,7 +21,7 @@ def target_passes(target: nn.Module) -> Iterator[list[int]]:
     cached: list[int] = []
 
     def begins(_: nn.Module, __: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE)
         cached.append(0 if cache is None else int(cache.get_seq_length()))
 
     hook = target.register_forward_pre_hook(begins, with_kwargs=True)

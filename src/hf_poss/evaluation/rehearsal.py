@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..caches import TargetCache
 from ..candidate_generator import DraftSettings, PosSCandidateGenerator
-from ..compatibility import input_device
+from ..compatibility import CACHE, input_device
 from ..draft_tree import DraftTree
 from ..modeling_poss import PosSModel
 from ..pending_context import PendingContext
@@ -74,7 +74,7 @@ class RoundRehearsal:
             self.longest + max(self.settings.total_tokens, self.settings.depth + 1),
             outlives=False,
         )
-        self.prompt = Prompt.of(target, self.input_ids, config, {"past_key_values": self.cache.cache})
+        self.prompt = Prompt.of(target, self.input_ids, config, {CACHE: self.cache.cache})
         self.prompt.lengths = [context] * rows  # known, so that nobody asks the device
         self.drafter = PosSCandidateGenerator(self.input_ids, poss, config, {}, target)
         self._stack = ExitStack()
@@ -234,8 +234,8 @@ class PlainRehearsal:
         tokens = self._next.argmax(-1)[:, None]
         inputs = self.target.prepare_inputs_for_generation(
             tokens,
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE: self.cache},
             **_position_arguments(self.target, tokens, self.cache.get_seq_length()),
         )
         self._next = _first_logits(self.target(**inputs, return_dict=True))
@@ -314,8 +314,8 @@ def _prompt_pass(
     inputs = target.prepare_inputs_for_generation(
         input_ids,
         is_first_iteration=True,
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
         **_position_arguments(target, input_ids, 0),
     )
     return target(**inputs, **overrides, return_dict=True)

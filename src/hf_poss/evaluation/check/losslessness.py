@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...compatibility import input_device
+from ...compatibility import CACHE, input_device
 from ...statistics import GenerationStatistics, collect_statistics
 from ..contestants import Contestant, fixed_settings, make_contestants
 from ..differences import first_difference
@@ -178,8 +178,8 @@ class _Margins:
         whole = self._logits(prompt, text)  # [tokens, vocab]
         for logits, token in zip(whole, text, strict=True):
             ids = torch.tensor([rest], device=device)
-            output = self.pair.target(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True)
-            cache, rest = output.past_key_values, [token]
+            output = self.pair.target(input_ids=ids, use_cache=True, return_dict=True, **{CACHE: cache})
+            cache, rest = output[CACHE], [token]
             step = output.logits[0, -1].float().to(logits.device)
             self.rounding = max(self.rounding, float((logits - step).abs().nan_to_num(posinf=0.0).max()))
             self.largest = max(self.largest, float(step.abs().nan_to_num(posinf=0.0).max()))
