@@ -395,6 +395,23 @@ def test_every_part_of_a_call_takes_time(target, shape):
     assert stats.passes == sum(record.rounds for record in stats.records)
 
 
+def test_counts_alone_cost_no_time(target, shape, monkeypatch):
+    """The same counts and no times, unless a block around it is timed."""
+    poss = drafter_for(target, shape)
+    with collect_statistics() as timed:
+        write(target, poss, 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "synchronize", lambda *_: pytest.fail("waits for the device"))
+        with collect_statistics(timed=False) as counts:
+            write(target, poss, 9)
+    assert counts.calls == timed.calls and counts.passes == timed.passes
+    assert set(counts.seconds.values()) == {0.0} and counts.pass_seconds == []
+
+    with collect_statistics(), collect_statistics(timed=False) as inner:
+        write(target, poss, 9)
+    assert min(inner.seconds.values()) > 0.0
+
+
 @pytest.mark.parametrize("slow", ["drafting", "verifying"])
 def test_time_is_booked_where_it_is_spent(target, shape, slow, monkeypatch):
     """A nap in the drafter or in the target shows in that part, and all parts together are within the call's time."""
