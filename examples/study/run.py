@@ -3,8 +3,9 @@
     python examples/study/run.py --plan stories --target STORIES260K --corpora CORPORA --output runs/study/stories
     python examples/study/run.py --plan demo --output runs/study/demo
 
-Several of these may run at once on the same output: each takes runs that no other holds. `analyse.py` reads what they
-wrote.
+Several of these may run at once on the same output: each takes runs that no other holds. `collect.py` gathers what
+they wrote. With `--recorded RESULTS`, which `collect.py` wrote before, only the other runs are made, and those of the
+recorded ones that they begin from.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 from drafting import CHAIN, TREE, Suite, measure
 from plan import PLANS, Run
+from results import Results
 from texts import Texts, TextSource
 from tqdm.auto import tqdm
 from training import HELD_OUT, SAMPLES, samples, train
@@ -50,6 +52,24 @@ def suites(run: Run, plan: str) -> dict[str, Suite]:
     return tests
 
 
+def recorded_folders(results: Results, plan: str, runs: list[Run]) -> set[str]:
+    """Folders of the runs of which `results` hold all measurements."""
+    return {
+        run.folder
+        for run in runs
+        if all(str(run.seed) in results.measured(run.name, suite) for suite in suites(run, plan))
+    }
+
+
+def still_to_make(runs: list[Run], recorded: set[str]) -> list[Run]:
+    """The runs that are not recorded, and all that these begin from, in their order."""
+    needed = {run.folder for run in runs if run.folder not in recorded}
+    for run in reversed(runs):  # what others begin from comes before them
+        if run.folder in needed and run.start is not None:
+            needed.add(run.start_folder)
+    return [run for run in runs if run.folder in needed]
+
+
 class Study:
     """The runs of a plan on one target.
 
@@ -57,12 +77,17 @@ class Study:
         plan: name of the plan.
         output: folder of all runs.
         source: of texts.
+        recorded: folders of runs whose measurements are there already; of these only greedy chains are measured, as
+            a check that they are the same again.
     """
 
-    def __init__(self, plan: str, output: Path, source: TextSource):
-        self.plan, self.output, self.source = plan, output, source
+    def __init__(self, plan: str, output: Path, source: TextSource, recorded: set[str] = frozenset()):
+        self.plan, self.output, self.source, self.recorded = plan, output, source, recorded
         self._samples: dict[str, list] = {}
         self._prompts: dict[tuple[str, int, int], Texts] = {}
+
+    def suites(self, run: Run) -> dict[str, Suite]:
+        return {"chain": CHAIN} if run.folder in self.recorded else suites(run, self.plan)
 
     def cached(self, name: str, make) -> list:
         """Texts are written once for all processes and resumptions."""
@@ -95,7 +120,7 @@ class Study:
             train(run, self.source, self.samples(run.data, False), self.samples(run.data, True), self.output)
         path = folder / "measured.json"
         measured = json.loads(path.read_text()) if path.is_file() else {}
-        missing = {name: suite for name, suite in suites(run, self.plan).items() if name not in measured}
+        missing = {name: suite for name, suite in self.suites(run).items() if name not in measured}
         if missing:
             poss = PosSModel.from_pretrained(folder / "drafter", dtype="float32").to(self.source.target.device).eval()
             for name, suite in missing.items():
@@ -107,7 +132,7 @@ class Study:
         folder = self.output / run.folder
         if not (folder / "run.json").is_file():
             return False
-        return set(suites(run, self.plan)) <= set(json.loads((folder / "measured.json").read_text()))
+        return set(self.suites(run)) <= set(json.loads((folder / "measured.json").read_text()))
 
     def is_ready(self, run: Run) -> bool:
         """Whether what it begins from is there."""
@@ -152,6 +177,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--length", type=int, default=64, help="tokens of a training text")
     parser.add_argument("--only", nargs="+", help="conditions whose name begins so")
+    parser.add_argument("--recorded", type=Path, help="results whose runs are not made again")
     args = parser.parse_args()
     logging.set_verbosity_error()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
@@ -163,7 +189,8 @@ def main() -> None:
     runs = PLANS[args.plan]()
     if args.only:
         runs = [run for run in runs if run.name.startswith(tuple(args.only))]
-    Study(args.plan, args.output, source).work(runs)
+    recorded = set() if args.recorded is None else recorded_folders(Results.read(args.recorded), args.plan, runs)
+    Study(args.plan, args.output, source, recorded).work(still_to_make(runs, recorded))
 
 
 if __name__ == "__main__":

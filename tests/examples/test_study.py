@@ -208,6 +208,68 @@ def test_collected_results_hold_every_run(study, small, tmp_path):
     assert list(results.tau_by_seed("token/hass", "chain")) == ["0"]
 
 
+def test_recorded_runs_are_made_again_only_where_others_begin_from_them(study, small, tmp_path):
+    start, hass = small
+    other = replace(hass, name="other", seed=1)  # begins from another seed's start
+    counts = {"tokens": [1], "rounds": [1]}
+    record = {"seeds": {"0": {"measured": {"chain": counts}}}}
+
+    def recorded_by(*names):
+        return study.results.Results(dict.fromkeys(names, record), "", {})
+
+    def left(*names, runs=(start, hass, other)):
+        recorded = study.run.recorded_folders(recorded_by(*names), "stories", list(runs))
+        return [run.folder for run in study.run.still_to_make(list(runs), recorded)]
+
+    assert left() == ["start/seed0", "token-hass/seed0", "other/seed1"]
+    assert left("start", "token/hass") == ["other/seed1"]
+    assert left("start") == ["start/seed0", "token-hass/seed0", "other/seed1"]
+    assert left("start", "token/hass", "other") == ["other/seed1"]  # recorded for another seed
+
+    del record["seeds"]["0"]["measured"]["chain"]
+    assert study.run.recorded_folders(recorded_by("start"), "stories", [start]) == set()
+
+
+def test_of_a_recorded_run_only_greedy_chains_are_measured(study, small, tmp_path, monkeypatch):
+    suites = study.run.suites(small[0], "stories")
+    monkeypatch.setattr(study.run, "suites", lambda run, plan: {"chain": suites["chain"], "tree": suites["chain"]})
+    monkeypatch.setattr(study.run, "CHAIN", suites["chain"])
+    made = study.run.Study("stories", tmp_path, FixedTexts(make_target(scale=3.0)), {small[0].folder})
+    made.work(small)
+    measured = {run.folder: json.loads((tmp_path / run.folder / "measured.json").read_text()) for run in small}
+    assert [set(of) for of in measured.values()] == [{"chain"}, {"chain", "tree"}]
+
+
+def test_collected_results_are_added_to_those_before(study):
+    collect = importlib.import_module("collect")
+    counts = [{"tokens": [n]} for n in range(5)]
+
+    def run(**suites):
+        return {"training": {"parameters": 1}, "measured": suites}
+
+    old = {
+        "hardware": "old",
+        "conditions": {"a": {"settings": {}, "seeds": {"0": run(chain=counts[0], tree=counts[1])}}},
+    }
+    new = {
+        "hardware": "new",
+        "conditions": {
+            "a": {"settings": {}, "seeds": {"0": run(chain=counts[0], code=counts[2]), "1": run(chain=counts[3])}},
+            "b": {"settings": {}, "seeds": {"0": run(chain=counts[4])}},
+        },
+    }
+    together = collect.merged(old, new)
+    assert together["conditions"]["a"]["seeds"] == {
+        "0": run(chain=counts[0], tree=counts[1], code=counts[2]),
+        "1": run(chain=counts[3]),
+    }
+    assert set(together["conditions"]) == {"a", "b"}
+    assert collect.repeated(old, new) == [True]
+    new["conditions"]["a"]["seeds"]["0"]["measured"]["chain"] = counts[4]
+    assert collect.repeated(old, new) == [False]
+    assert collect.merged(old, new)["conditions"]["a"]["seeds"]["0"]["measured"]["chain"] == counts[0]
+
+
 def made_up(study, taus: dict[str, list[float]]):
     """Results with two prompts of 100 rounds, whose taus are those of the condition and seed."""
     conditions = {
