@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -22,6 +24,7 @@ from transformers import (
     Qwen3Config,
     set_seed,
 )
+from transformers.integrations import peft as peft_integration
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
@@ -209,6 +212,15 @@ def pretrained_folder(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {folder}: set HF_POSS_TEST_MODELS to a folder with {name}")
     return folder
+
+
+def peft_for_add_adapter():
+    """peft, if this transformers takes it for the adapters that it adds itself; 5.24 asks for one to come."""
+    peft = pytest.importorskip("peft")
+    wanted = getattr(peft_integration, "MIN_PEFT_VERSION", "0")
+    if Version(peft.__version__) < Version(wanted):
+        pytest.skip(f"transformers {transformers.__version__} wants peft {wanted}, {peft.__version__} is installed")
+    return peft
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, drafter_for, make_poss, make_prompt, make_target, small_target
+from conftest import VOCAB_SIZE, drafter_for, make_poss, make_prompt, make_target, peft_for_add_adapter, small_target
 from torch import nn
 
 from hf_poss.head_rows import PROBED_COLUMNS, rows_of
@@ -179,7 +179,7 @@ def test_a_merged_head_gives_its_new_rows(safe):
 
 def test_an_adapter_on_the_head_is_drafted_with():
     """`load_adapter` and what undoes it."""
-    peft = pytest.importorskip("peft")
+    peft = peft_for_add_adapter()
     target = make_target()
     poss = make_poss(target).set_draft_vocabulary(torch.arange(VOCAB_SIZE), 20)
     features = torch.randn(1, 3, 32)

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TARGET_CONFIGS, drafter_for, left_padded, make_prompt, small_target, widened, with_slips
+from conftest import (
+    TARGET_CONFIGS,
+    drafter_for,
+    left_padded,
+    make_prompt,
+    peft_for_add_adapter,
+    small_target,
+    widened,
+    with_slips,
+)
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -128,7 +137,7 @@ def test_specialists_read_through_adapters(kind):
 
 
 def test_an_adapter_that_transformers_added(shape, inputs, same_text):
-    peft = pytest.importorskip("peft")
+    peft = peft_for_add_adapter()
     target = small_target()
     before = greedy(target, inputs)
     target.add_adapter(peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
