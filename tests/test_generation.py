@@ -271,6 +271,24 @@ def test_a_conversation_goes_on_from_a_cache(cached, shape):
     assert output.tolist() == expected.tolist()
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_cache_goes_by_the_name_that_the_release_has_for_it(shape, warnings_seen):
+    """`cache` since 5.24, `past_key_values` before: in and out, without a word of deprecation."""
+    target = small_target()
+    poss = drafter_for(target, shape)
+    prompt = make_prompt(7)
+    cache = DynamicCache(config=target.config)
+    kwargs = {"do_sample": False, "return_dict_in_generate": True}
+    first = target.generate(prompt, assistant_model=poss, max_new_tokens=6, **{CACHE: cache}, **kwargs)
+    assert first[CACHE] is cache
+    turn = first.sequences
+    second = target.generate(turn, assistant_model=poss, max_new_tokens=6, **{CACHE: first[CACHE]}, **kwargs)
+    plain = target.generate(prompt, max_new_tokens=12, **kwargs)
+    assert second.sequences.tolist() == plain.sequences.tolist()
+    assert type(second) is type(plain) and second.keys() == plain.keys()
+    assert not [message for message in warnings_seen("transformers") if "deprecated" in message]
+
+
 def test_a_full_cache_is_refused():
     target = small_target()
     prompt = make_prompt(7)
