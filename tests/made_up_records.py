@@ -48,7 +48,7 @@ PLAIN = MadeUp("plain", [], rho=1.0, kind="plain")
 
 @dataclass
 class MadeUpEvaluation:
-    """An evaluation of `drafters`, plain decoding first, on `sets` (questions by name)."""
+    """An evaluation of `drafters`, plain decoding first, on `sets` (questions by name), of `categories` in turns."""
 
     drafters: list[MadeUp]
     sets: dict[str, int] = field(default_factory=lambda: {"mt_bench": 6, "gsm8k": 4})
@@ -56,6 +56,7 @@ class MadeUpEvaluation:
     seeds: tuple[int, ...] = (0,)
     tokens: int = 40
     turns: int = 1
+    categories: tuple[str, ...] = ("made up",)
     words: tuple[str, ...] = (" the", " a", " story", "\n", "</script><b>", " &amp;", " 'quoted' ", "\u4f60\u597d")
 
     def about(self) -> dict[str, Any]:
@@ -106,7 +107,8 @@ class MadeUpEvaluation:
             token_ids = [text.randrange(len(self.words)) for _ in range(length)]
             luck = random.Random(f"{drafter.name} {checkpoint} {benchmark} {question} {turn} {temperature} {seed}")
             turns.append(self._turn(drafter, token_ids, luck))
-        return QuestionRecord(benchmark, str(question), "made up", drafter.name, checkpoint, temperature, seed, turns)
+        category = self.categories[question % len(self.categories)]
+        return QuestionRecord(benchmark, str(question), category, drafter.name, checkpoint, temperature, seed, turns)
 
     def _turn(self, drafter: MadeUp, token_ids: list[int], luck: random.Random) -> TurnRecord:
         depth = len(drafter.rates)

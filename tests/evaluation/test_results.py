@@ -230,6 +230,36 @@ def test_no_question_counts_twice_in_a_mean(tmp_path, sets, over, left_out):
     assert results["temperatures"][0]["pooled"]["PosS-2"]["questions"] == 2 * len(over)
 
 
+def test_categories_share_the_counts_of_their_set(tmp_path):
+    made = MadeUpEvaluation([MadeUp("PosS-2", [0.7, 0.5])], {"own": 7}, categories=("short", "long", "long"))
+    (of,) = compute_results(made.write(tmp_path))["temperatures"]
+    by_category = of["categories"]["own"]
+    assert {name: by_label["PosS-2"]["questions"] for name, by_label in by_category.items()} == {"long": 4, "short": 3}
+    assert list(by_category) == ["long", "short"]  # the largest first
+    whole = of["benchmarks"]["own"]
+    for label in ("plain", "PosS-2"):
+        for count in ("texts", "tokens", "rounds", "new_tokens"):
+            assert sum(by_label[label][count] for by_label in by_category.values()) == whole[label][count]
+    mine = [record for record in made.records() if record.category == "short" and record.drafter == "PosS-2"]
+    taus = [turn.tokens / turn.rounds for record in mine for turn in record.turns]
+    assert by_category["short"]["PosS-2"]["tau_macro"] == pytest.approx(sum(taus) / len(taus))
+
+
+def test_categories_of_mt_bench_are_one(tmp_path):
+    """As the papers and Spec-Bench report them; sets with one category, or none, have nothing to break down."""
+    sets = {"mt_bench": 4, "spec_bench": 6}
+    made = MadeUpEvaluation([MadeUp("PosS-2", [0.7])], sets, categories=("writing", "math", "rag"))
+    (of,) = compute_results(made.write(tmp_path / "a"))["temperatures"]
+    assert {name: list(found) for name, found in of["categories"].items()} == {
+        "mt_bench": ["mt_bench", "rag"],
+        "spec_bench": ["mt_bench", "rag"],
+    }
+    made = MadeUpEvaluation([MadeUp("PosS-2", [0.7])], sets, categories=("writing", "math"))
+    assert compute_results(made.write(tmp_path / "b"))["temperatures"][0]["categories"] == {}
+    made = MadeUpEvaluation([MadeUp("PosS-2", [0.7])], {"own": 4}, categories=("",))
+    assert compute_results(made.write(tmp_path / "c"))["temperatures"][0]["categories"] == {}
+
+
 def test_which_process_wrote_what_changes_nothing(evaluation, results, tmp_path):
     assert compute_results(evaluation.write(tmp_path, files=3)) == results
 

@@ -85,6 +85,28 @@ def test_notes_name_what_the_mean_leaves_out_and_what_is_missing(tmp_path):
     assert "Not complete: PosS-2 on spec_bench 1 of 2." in text
 
 
+def test_a_set_with_categories_has_a_table_of_them(tmp_path):
+    made = MadeUpEvaluation([WEAK, GOOD], {"gsm8k": 4, "spec_bench": 6}, categories=("rag", "qa"))
+    results = compute_results(made.write(tmp_path))
+    of = results["temperatures"][0]["categories"]["spec_bench"]
+    titles = [table.title for table in results_tables(results)]
+    assert titles == [
+        "Temperature 0",
+        "gsm8k by category, temperature 0",
+        "spec_bench by category, temperature 0",
+    ]
+    table = results_tables(results)[2]
+    assert table.columns == ["qa", "rag"]
+    assert [cell.text for pair in table.rows["EAGLE"] for cell in pair] == [
+        text
+        for category in ("qa", "rag")
+        for text in (f"{of[category]['EAGLE']['tau_macro']:.2f}", f"{of[category]['EAGLE']['speed_up']:.2f}x")
+    ]
+    assert table.notes[0] == "n: qa 3, rag 3 questions."
+    assert not any(cell.leads for pairs in table.rows.values() for pair in pairs for cell in pair)  # not compared
+    assert "### spec_bench by category, temperature 0" in paper_table(results)
+
+
 def test_one_set_needs_no_mean(tmp_path):
     results = results_of(tmp_path, GOOD, sets={"gsm8k": 3})
     assert "mean" not in cells(paper_table(results))["drafter"][-1]

@@ -17,7 +17,11 @@ __all__ = ["COMPARED", "compute_results", "paired_records"]
 COMPARED = {"tau_macro": "tau", "speed_up": "speed-up"}
 
 # Spec-Bench holds all questions of these.
-_SPEC_BENCH, _WITHIN_SPEC_BENCH = "spec_bench", ("mt_bench", "qa", "sum")
+_MT_BENCH, _SPEC_BENCH, _WITHIN_SPEC_BENCH = "mt_bench", "spec_bench", ("mt_bench", "qa", "sum")
+# Of ten questions each: together a set of the papers, and a subtask of Spec-Bench (Xia et al., arXiv 2401.07851).
+_MT_BENCH_CATEGORIES = frozenset(
+    ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+)
 
 _Cells = dict[tuple[float, str, str], list[PairedRecord]]
 
@@ -39,8 +43,9 @@ def compute_results(folder: str | os.PathLike) -> dict[str, Any]:
 
     Returns:
         `evaluation`, what was run; `missing`, the questions without a record by temperature, set and drafter;
-        `mean_over`, the sets that means are over; and `temperatures`, one entry each: `benchmarks` by set and drafter
-        and `pooled` by drafter hold what [`~hf_poss.evaluation.tallies.tally`] counts, `mean` by drafter what
+        `mean_over`, the sets that means are over; and `temperatures`, one entry each: `benchmarks` by set and drafter,
+        `categories` by set, category and drafter, of sets that have several, and `pooled` by drafter hold what
+        [`~hf_poss.evaluation.tallies.tally`] counts, `mean` by drafter what
         [`~hf_poss.evaluation.tallies.mean_over`] gives, and `comparisons` all pairs of drafters over the questions
         of these sets, `comparisons_by_benchmark` over those of each set, `comparisons_over_checkpoints` over
         training seeds. A list of comparisons of one measure is one family for Holm's correction, and so are those of
@@ -92,13 +97,19 @@ def _at_temperature(
     pooled = {label: _joined(by_set) for label, by_set in present(over).items()}
     drafting = [label for label in pooled if label not in _labels(about, "plain")]
     by_benchmark = {name: {label: _joined(by_set) for label, by_set in present([name]).items()} for name in sets}
+
+    def tallies(by_label: Mapping[str, Sequence[PairedRecord]]) -> dict[str, dict[str, Any]]:
+        return {label: tally(pairs, *sizes.get(label, ())) for label, pairs in by_label.items()}
+
     return {
         "temperature": temperature,
-        "benchmarks": {
-            name: {label: tally(pairs, *sizes.get(label, ())) for label, pairs in by_label.items()}
-            for name, by_label in by_benchmark.items()
+        "benchmarks": {name: tallies(by_label) for name, by_label in by_benchmark.items()},
+        "categories": {
+            name: {category: tallies(of_category) for category, of_category in by_category.items()}
+            for name, by_category in ((name, _by_category(name, of)) for name, of in by_benchmark.items())
+            if len(by_category) > 1
         },
-        "pooled": {label: tally(pairs, *sizes.get(label, ())) for label, pairs in pooled.items()},
+        "pooled": tallies(pooled),
         # A mean over some of the sets would be set beside means over all.
         "mean": {label: mean_over(by_set) for label, by_set in present(over).items() if len(by_set) == len(over)},
         "comparisons": _as_dicts(_compared({"all": pooled}, drafting)["all"]),
@@ -107,6 +118,21 @@ def _at_temperature(
         },
         "comparisons_over_checkpoints": _as_dicts(_over_checkpoints(pooled, drafting)),
     }
+
+
+def _by_category(
+    benchmark: str, by_label: Mapping[str, Sequence[PairedRecord]]
+) -> dict[str, dict[str, list[PairedRecord]]]:
+    """Records by category and drafter, the largest categories first."""
+    found: dict[str, dict[str, list[PairedRecord]]] = {}
+    for label, pairs in by_label.items():
+        for pair in pairs:
+            category = pair.record.category
+            if benchmark in (_MT_BENCH, _SPEC_BENCH) and category in _MT_BENCH_CATEGORIES:
+                category = _MT_BENCH
+            if category:
+                found.setdefault(category, {}).setdefault(label, []).append(pair)
+    return dict(sorted(found.items(), key=lambda of: (-max(map(len, of[1].values())), of[0])))
 
 
 def _mean_sets(sets: Sequence[str]) -> list[str]:

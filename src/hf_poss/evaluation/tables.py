@@ -35,11 +35,11 @@ class Cell:
 
 @dataclass
 class ResultsTable:
-    """Rows are drafters, columns tau and speed-up of every prompt set, then of their mean.
+    """Rows are drafters, columns tau and speed-up of every prompt set, then of their mean; or of a set's categories.
 
     Args:
         title: says the temperature.
-        columns: prompt sets, and the mean of them.
+        columns: prompt sets and the mean of them, or categories.
         rows: by drafter a pair of cells, tau and speed-up, for each column.
         notes: what the figures are.
     """
@@ -51,12 +51,17 @@ class ResultsTable:
 
 
 def results_tables(results: Mapping[str, Any]) -> list[ResultsTable]:
-    """A table for each temperature of what [`~hf_poss.evaluation.results.compute_results`] gives.
+    """A table for each temperature of what [`~hf_poss.evaluation.results.compute_results`] gives, and behind it one
+    for each prompt set that has several categories, as Spec-Bench.
 
     tau is the macro average, as in the paper; speed-up is of whole calls over plain decoding. The mean is over prompt
     sets.
     """
-    return [_table(results, of) for of in results["temperatures"]]
+    tables = []
+    for of in results["temperatures"]:
+        tables.append(_table(results, of))
+        tables += [_category_table(name, by_category, of) for name, by_category in of["categories"].items()]
+    return tables
 
 
 def paper_table(results: Mapping[str, Any]) -> str:
@@ -89,6 +94,20 @@ def _table(results: Mapping[str, Any], of: Mapping[str, Any]) -> ResultsTable:
     columns = [(name, by_label, of["comparisons_by_benchmark"][name]) for name, by_label in of["benchmarks"].items()]
     if len(results["mean_over"]) > 1:
         columns.append((MEAN, of["mean"], of["comparisons"]))
+    return _filled(f"Temperature {temperature_text(of['temperature'])}", columns, _notes(results, of))
+
+
+def _category_table(name: str, by_category: Mapping[str, Any], of: Mapping[str, Any]) -> ResultsTable:
+    """Of one prompt set. Categories are not compared one by one: their set is."""
+    columns = [(category, by_label, ()) for category, by_label in by_category.items()]
+    title = f"{name} by category, temperature {temperature_text(of['temperature'])}"
+    return _filled(title, columns, [_questions_note(by_category)])
+
+
+def _filled(
+    title: str, columns: Sequence[tuple[str, Mapping[str, Any], Sequence[Mapping[str, Any]]]], notes: list[str]
+) -> ResultsTable:
+    """A table of columns: a name, figures by drafter, and comparisons."""
     labels = list(dict.fromkeys(label for _, by_label, _ in columns for label in by_label))
     cells = [
         [_column(by_label, comparisons, *measure) for measure in _MEASURES] for _, by_label, comparisons in columns
@@ -97,8 +116,7 @@ def _table(results: Mapping[str, Any], of: Mapping[str, Any]) -> ResultsTable:
         label: [tuple(of_measure.get(label, Cell(UNKNOWN)) for of_measure in column) for column in cells]
         for label in labels
     }
-    title = f"Temperature {temperature_text(of['temperature'])}"
-    return ResultsTable(title, [name for name, _, _ in columns], rows, _notes(results, of))
+    return ResultsTable(title, [name for name, _, _ in columns], rows, notes)
 
 
 def _column(
@@ -143,12 +161,14 @@ def _leads(label: str, known: Mapping[str, float], comparisons: Sequence[Mapping
     )
 
 
+def _questions_note(by_column: Mapping[str, Mapping[str, Any]]) -> str:
+    counts = {name: max(figures["questions"] for figures in by_label.values()) for name, by_label in by_column.items()}
+    return f"n: {', '.join(f'{name} {count}' for name, count in counts.items())} questions."
+
+
 def _notes(results: Mapping[str, Any], of: Mapping[str, Any]) -> list[str]:
-    counts = {
-        name: max(figures["questions"] for figures in by_label.values()) for name, by_label in of["benchmarks"].items()
-    }
     notes = [
-        f"n: {', '.join(f'{name} {count}' for name, count in counts.items())} questions.",
+        _questions_note(of["benchmarks"]),
         "tau: mean over texts of tokens a round, the target's own included. Speed-up: tokens a second over those of "
         "plain decoding, whole calls.",
         "Bold: best of the column. *: significantly above every other drafter (paired t-test and paired bootstrap "
