@@ -9,7 +9,7 @@ from torch import nn
 from hf_poss import PosSConfig
 from hf_poss import losses as losses_module
 from hf_poss.draft_vocabulary import DraftHead
-from hf_poss.losses import DEFAULT_LOSSES, LOSSES, TargetRows, parse_losses, roll_out_losses, row_losses
+from hf_poss.losses import LOSSES, TargetRows, parse_losses, roll_out_losses, row_losses
 from hf_poss.modeling_poss import TargetReference
 
 
@@ -47,6 +47,7 @@ def make_head(vocabulary=None, head=None) -> DraftHead:
     return DraftHead(TargetReference(nn.Embedding(VOCAB, HIDDEN), head, config), vocabulary)
 
 
+PAPER_LOSSES = {"feature": 1.0, "token": 0.1}
 VOCABULARIES = {"all": None, "some": torch.tensor([7, 0, 3, 10])}
 
 
@@ -126,16 +127,14 @@ def test_chunks_add_up_to_the_whole(entries, vocabulary, kind, monkeypatch):
 def test_without_gradients_nothing_asks_for_them():
     head = make_head()
     features = torch.randn(1, 3, HIDDEN)
-    found = roll_out_losses([features], features, torch.ones(1, 3).bool(), head, DEFAULT_LOSSES, [1.0])
+    found = roll_out_losses([features], features, torch.ones(1, 3).bool(), head, PAPER_LOSSES, [1.0])
     assert not found.total.requires_grad
     assert found.sums[0, 0, 0] == 0
 
 
 def test_no_row_that_counts_is_no_loss():
     features = torch.randn(2, 3, HIDDEN, requires_grad=True)
-    found = roll_out_losses(
-        [features], features.detach(), torch.zeros(2, 3).bool(), make_head(), DEFAULT_LOSSES, [1.0]
-    )
+    found = roll_out_losses([features], features.detach(), torch.zeros(2, 3).bool(), make_head(), PAPER_LOSSES, [1.0])
     found.total.backward()
     assert found.total == 0 and not features.grad.any()
 
@@ -143,7 +142,7 @@ def test_no_row_that_counts_is_no_loss():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (None, {"feature": 1.0, "token": 0.1}),
+        (None, {"token": 1.0}),
         ("token=1.0", {"token": 1.0}),
         ("token", {"token": 1.0}),
         (" feature=1 , topk = 0.5 ", {"feature": 1.0, "topk": 0.5}),

@@ -608,10 +608,10 @@ def test_the_loss_compares_predictions_with_the_targets_next_feature():
     torch.testing.assert_close(output.loss.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_default_weights_are_those_of_the_public_code(poss):
+def test_the_token_loss_counts_alone_by_default(poss):
     features, tokens = random_rows()
     output = poss(input_ids=tokens, features=features)
-    named = poss(input_ids=tokens, features=features, losses={"feature": 1.0, "token": 0.1})
+    named = poss(input_ids=tokens, features=features, losses={"token": 1.0})
     assert torch.equal(output.loss, named.loss)
 
 

@@ -255,7 +255,9 @@ def test_training_reads_the_target_through_its_adapter(task, poss, samples, tmp_
         "base": make_target("llama", scale=3.0),
     }.items():
         model = copy.deepcopy(poss)
-        trained(model, target, samples, tmp_path / name, optim="sgd", learning_rate=0.1)
+        trained(
+            model, target, samples, tmp_path / name, optim="sgd", losses="feature=1.0,token=0.1", learning_rate=0.1
+        )
         weights[name] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     torch.testing.assert_close(weights["adapted"], weights["merged"], rtol=1e-3, atol=1e-5)
     assert (weights["adapted"] - weights["base"]).abs().max() > 1e-3

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_LOSSES", "LOSSES", "RollOutLosses", "TargetRows", "parse_losses", "roll_out_losses", "row_losses"]
 
 LOSSES = ("feature", "token", "topk", "kl", "acceptance")
-# The public PosS code: `v_w` 1.0 and `p_w` 0.1.
-DEFAULT_LOSSES = {"feature": 1.0, "token": 0.1}
+# As EAGLE-3. The public PosS code has feature 1.0 and token 0.1 (`v_w`, `p_w`), which docs/study.md, section 4, finds
+# to accept less.
+DEFAULT_LOSSES = {"token": 1.0}
 # float32 entries of the largest tensor over the vocabulary: 64 MiB, of which a handful are alive at a time.
 CHUNK_ENTRIES = 2**24
 

@@ -827,7 +827,7 @@ class PosSModel(PosSPreTrainedModel, GenerationMixin):
             target_features: [batch, tokens, hidden], the last hidden states, which are to be predicted; `features` if
                 not given.
             num_items_in_batch: rows to divide by, for gradient accumulation; this batch's if not given.
-            losses: weights by name, see [`parse_losses`]; 1.0 for "feature" and 0.1 for "token" if not given.
+            losses: weights by name, see [`parse_losses`]; 1.0 for "token" alone if not given.
             position_weights: of each draft position; 1 if not given.
             loss_top_k: tokens that the loss "topk" looks at.
             kwargs: nothing but None: what `PeftModelForCausalLM` hands on of a language model's arguments.

@@ -37,6 +37,7 @@ def arguments(folder, **kwargs) -> PosSTrainingArguments:
         "max_steps": 2,
         "feature_noise": 0.0,
         "learning_rate": 1e-2,
+        "losses": "feature=1.0,token=0.1",  # two, so that sums over losses are seen
         "seed": 3,
     }
     return PosSTrainingArguments(**{**defaults, **kwargs})

@@ -9,10 +9,10 @@ from transformers import HfArgumentParser
 from hf_poss import PosSTrainingArguments
 
 
-def test_defaults_are_those_of_the_public_code(tmp_path):
+def test_defaults_are_those_of_the_public_code_but_for_the_loss(tmp_path):
     args = PosSTrainingArguments(tmp_path)
     assert (args.learning_rate, args.adam_beta1, args.adam_beta2) == (3e-5, 0.9, 0.95)
-    assert args.losses == {"feature": 1.0, "token": 0.1}
+    assert args.losses == {"token": 1.0}
     assert args.weights_of_positions(6) is None
     assert (args.max_grad_value, args.feature_noise, args.warmup_steps) == (0.5, 0.2, 0.01)
     assert args.lr_scheduler_type == "linear"
@@ -45,8 +45,8 @@ def test_wrong_arguments_are_refused(tmp_path, wrong, told):
 @pytest.mark.parametrize(
     ("given", "losses"),
     [
-        ([], {"feature": 1.0, "token": 0.1}),
-        (["--losses", "token=1.0"], {"token": 1.0}),
+        ([], {"token": 1.0}),
+        (["--losses", "feature=1.0,token=0.1"], {"feature": 1.0, "token": 0.1}),
         (["--losses", '{"kl": 1, "acceptance": 0.5}'], {"kl": 1.0, "acceptance": 0.5}),
     ],
 )

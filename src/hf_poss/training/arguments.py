@@ -1,4 +1,4 @@
-"""Training arguments whose defaults are those of the public PosS code."""
+"""Training arguments whose defaults are those of the public PosS code, the loss apart."""
 
 import math
 from dataclasses import dataclass, field
@@ -21,16 +21,17 @@ _WITHOUT_MEANING = {
 @dataclass
 class PosSTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] with the settings of the paper's training (PosS; the script in
-    its repository), which started from an EAGLE layer and ran on 4 devices with 2 samples each, in bfloat16.
+    its repository), which started from an EAGLE layer and ran on 4 devices with 2 samples each, in bfloat16. The loss
+    is another one: that on tokens alone, by which specialists accept more (docs/study.md, section 4).
 
     The learning rate is meant for that start; specialists that start from random weights need a higher one.
 
     Args below are added to the base class or have another default. Losses are by name and weight, see
     [`parse_losses`]; those of the literature are
 
-    - `feature=1.0,token=0.1`: EAGLE and PosS, the default;
+    - `token=1.0`: EAGLE-3, which dropped the loss on features; the default;
+    - `feature=1.0,token=0.1`: EAGLE and PosS;
     - `feature=1.0,token=0.1,topk=1.0`: HASS, with `loss_top_k=10`;
-    - `token=1.0`: EAGLE-3, which dropped the loss on features;
     - `acceptance=1.0`, or `kl=1.0,acceptance=1.0`: a direct loss on what sampled drafts are accepted by.
 
     Raises:
@@ -71,10 +72,10 @@ class PosSTrainingArguments(TrainingArguments):
     dataset_text_field: str = field(default="text", metadata={"help": "Column that holds plain text."})
 
     losses: dict[str, float] | str | None = field(
-        default="feature=1.0,token=0.1",
+        default="token=1.0",
         metadata={
             "help": "Losses by name with weights, `name=weight,...` or JSON; names: feature, token, topk, kl, "
-            "acceptance. PosS: feature=1.0,token=0.1; HASS: feature=1.0,token=0.1,topk=1.0; EAGLE-3: token=1.0."
+            "acceptance. EAGLE-3: token=1.0; PosS: feature=1.0,token=0.1; HASS: feature=1.0,token=0.1,topk=1.0."
         },
     )
     loss_top_k: int = field(default=10, metadata={"help": "k of the top-k loss (HASS)."})
