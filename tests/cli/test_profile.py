@@ -1,6 +1,9 @@
 """`hf-poss profile` on tiny models: predictions, measurements, what pays, and runs that go on."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import make_poss, make_target
@@ -57,6 +60,14 @@ def test_shapes_are_predicted_without_weights(monkeypatch, capsys):
     monkeypatch.setattr("hf_poss.evaluation.shapes.random_target", made)
     told = profile(capsys, *SHAPE, *SMALL, "--predict_only")
     assert "| PosS-2 |" in told and "| EAGLE |" in told and "Latency" not in told
+
+
+def test_a_profile_alone_is_printed():
+    """In a process of its own, in which torch's profiler has not been asked yet how much it may tell."""
+    command = [sys.executable, "-m", "hf_poss.cli", "profile", *SHAPE, *SMALL, "--predict_only"]
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "predicted peak" in ran.stdout and not ran.stderr
 
 
 def test_shapes_are_measured_and_their_acceptance_is_assumed(capsys, tmp_path):

@@ -1,6 +1,7 @@
 """The command `hf-poss`: one file a subcommand, each with `add_arguments` and `run`."""
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -28,6 +29,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a subcommand; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler would tell of each start and stop
     parser = argparse.ArgumentParser(prog="hf-poss", description="Position specialists for transformers' generate.")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
