@@ -9,9 +9,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from costs import memory_table, read, speed_comparisons, speed_table
 from figures import draw_curves, draw_depths, draw_pos_acc
 from results import Results
 from tables import (
+    NOT_MEASURED,
     against,
     curve_table,
     depth_table,
@@ -20,6 +22,8 @@ from tables import (
     suite_differences,
     tau_table,
 )
+
+from hf_poss.evaluation.profile_tables import break_even_table, switching_table
 
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -40,8 +44,22 @@ def rivals(loss: str) -> list[tuple[str, str]]:
     ]
 
 
+def cost_blocks(results: Path) -> dict[str, Callable[[], str]]:
+    """Tables of time and memory by name."""
+    speed, profile, large = (read(results / f"study_{of}.json") for of in ("speed", "profile", "memory_8b"))
+    pairs = [("HASS", "EAGLE"), *((name, "HASS") for name in ("PosS-1", "PosS-2", "PosS-3")), ("wide", "PosS-2")]
+    return {
+        "speed": lambda: speed_table(speed),
+        "against-speed": lambda: speed_comparisons(speed, pairs),
+        "memory": lambda: memory_table(profile),
+        "memory-8b": lambda: memory_table(large, "GiB"),
+        "switching": lambda: NOT_MEASURED if profile is None else switching_table(profile["cases"]),
+        "break-even": lambda: NOT_MEASURED if profile is None else break_even_table(profile["break_even"]),
+    }
+
+
 def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callable[[], str]]:
-    """Tables by name."""
+    """Tables of tau and pos-acc by name."""
     both = ("hass", "poss2")
     made: dict[str, Callable[[], str]] = {}
     for loss in ("token", "paper"):
@@ -106,10 +124,12 @@ def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callab
     trees = ("tree, 8 nodes", "tree, 12 nodes", "tree", "tree, 30 nodes", "tree, 60 nodes")
     made["trees"] = lambda: tau_table(stories, names("token", both), {suite: suite for suite in ("chain", *trees)})
     for name, results in (("demo", demo), ("family", family)):
-        made[f"tau-{name}"] = lambda results=results: tau_table(results, ["start", *names("token")], SUITES)
-        made[f"pos-acc-{name}"] = lambda results=results: pos_acc_table(results, ["start", *names("token")])
-        made[f"against-{name}"] = lambda results=results: against(results, rivals("token"))
-        made[f"against-{name}-tree"] = lambda results=results: against(results, rivals("token"), "tree")
+        conditions = ["start", *names("token"), "token/wide"]
+        pairs = [*rivals("token"), ("token/poss2", "token/wide")]
+        made[f"tau-{name}"] = lambda results=results, of=conditions: tau_table(results, of, SUITES)
+        made[f"pos-acc-{name}"] = lambda results=results, of=conditions: pos_acc_table(results, of)
+        made[f"against-{name}"] = lambda results=results, of=pairs: against(results, of)
+        made[f"against-{name}-tree"] = lambda results=results, of=pairs: against(results, of, "tree")
     made["data-demo"] = lambda: against(demo, [("token/poss2", "fixed/poss2")])
     return made
 
@@ -132,17 +152,17 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--write", type=Path)
     args = parser.parse_args()
-    read = {}
+    measured = {}
     for plan in ("stories", "demo", "family"):
         path = args.results / f"study_{plan}.json"
-        read[plan] = Results.read(path) if path.is_file() else Results({}, "", {})
-    tables = blocks(**read)
+        measured[plan] = Results.read(path) if path.is_file() else Results({}, "", {})
+    tables = blocks(**measured) | cost_blocks(args.results)
     if args.write is None:
         for name, make in tables.items():
             print(f"\n## {name}\n\n{make()}")
         return
     args.write.write_text(replaced(args.write.read_text(), tables))
-    stories = read["stories"]
+    stories = measured["stories"]
     draw_pos_acc(stories, {"token": names("token"), "paper": names("paper")}, args.results / "study_pos_acc.png")
     draw_depths(stories, names("token", ("eagle", "hass", "poss2")), args.results / "study_depth.png")
     draw_curves(

@@ -152,8 +152,9 @@ def _seeds(run: Run) -> tuple[int, ...]:
 
 
 def demo_runs() -> list[Run]:
-    """Question 1 on the demo target, which is deep enough for drafts to pay, and question 5 on its own domain."""
-    methods = ("hass", "poss1", "poss2", "poss3", "eagle")
+    """Question 1 on the demo target, which is deep enough for drafts to pay, with the wide layer of question 2; and
+    question 5 on its own domain."""
+    methods = ("hass", "poss1", "poss2", "poss3", "eagle", "wide")
     conditions = [
         START,
         *(Run(f"token/{method}", 0, method, questions=(1,)) for method in methods),

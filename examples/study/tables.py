@@ -9,6 +9,7 @@ from hf_poss.evaluation.significance import mean_and_deviation
 from hf_poss.measures import expected_tau
 
 
+NOT_MEASURED = "Not measured yet."
 TITLES = {
     "start": "EAGLE start",
     "eagle": "EAGLE",
@@ -29,7 +30,7 @@ def title(condition: str) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
-        return "Not measured yet."
+        return NOT_MEASURED
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 

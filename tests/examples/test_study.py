@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_target
+from made_up_records import MadeUp, MadeUpEvaluation
 
 from hf_poss import PosSModel
+from hf_poss.demo import held_out_sources
+from hf_poss.evaluation.results import compute_results
 from hf_poss.roll_out import roll_out_attention
 
 
 STUDY = Path(__file__).parents[2] / "examples" / "study"
 MODULES = (
+    "costs",
     "drafters",
     "drafting",
     "leaky_attention",
@@ -323,6 +327,54 @@ def test_t_intervals_hold_the_mean_as_often_as_they_say(study):
     held = sum(low <= 0.0 <= high for low, high in map(study.results.t_interval, samples))
     # Binomial with p = 0.95: five standard deviations are 0.0244.
     assert held / trials == pytest.approx(0.95, abs=0.0244)
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_speed_is_that_of_the_evaluation(study, tmp_path):
+    drafters = [MadeUp("HASS", [0.6, 0.3], checkpoints=2), MadeUp("PosS-2", [0.9, 0.9], checkpoints=2)]
+    results = compute_results(MadeUpEvaluation(drafters, {"python": 8}).write(tmp_path))
+    figures = results["temperatures"][0]["benchmarks"]["python"]
+    plain, hass, poss = cells(study.costs.speed_table(results))
+    assert plain[:6] == ["plain", "8", "1", "1.00", "1.00", "1.00x"]
+    runs = figures["PosS-2"]["runs"]
+    assert poss[:3] == ["PosS-2", "8", "2"]
+    assert poss[4] == f"{figures['PosS-2']['rho']:.2f}"
+    assert poss[5] == f"{runs['mean']['speed_up']:.2f}x ± {runs['deviation']['speed_up']:.2f}"
+
+    (ahead,) = cells(study.costs.speed_comparisons(results, [("PosS-2", "HASS")]))
+    (behind,) = cells(study.costs.speed_comparisons(results, [("HASS", "PosS-2"), ("HASS", "nobody")]))
+    assert ahead[0] == "PosS-2 – HASS" and ahead[1].startswith("+") and ahead[-1] == "significant"
+    assert behind[1] == ahead[1].replace("+", "-")
+    low, high = ahead[2].split(" to ")
+    assert behind[2] == f"{high} to {low}".replace("+", "-")
+    assert study.costs.speed_table(None) == study.costs.speed_comparisons(None, []) == study.tables.NOT_MEASURED
+
+
+def test_memory_is_predicted_and_measured_where_it_was(study):
+    parts = {"drafter_weights": 1, "copies": 2, "specialist_caches": 3, "target_cache": 4, "peak": 9}
+    predicted = {name: value * 2**20 for name, value in parts.items()}
+    profile = {
+        "planned": [{"context": 16, "rows": 1}, {"context": 16, "rows": 4}],
+        "predictions": {"PosS-2": [predicted, predicted]},
+        "cases": [{"context": 16, "rows": 1, "memory": {"PosS-2": {"peak": 9.25 * 2**20}}}],
+    }
+    assert cells(study.costs.memory_table(profile)) == [
+        ["16 tokens, 1 row", "PosS-2", "1.00", "2.00", "3.00", "4.00", "9.00", "9.25"],
+        ["16 tokens, 4 rows", "PosS-2", "1.00", "2.00", "3.00", "4.00", "9.00", "–"],
+    ]
+    assert study.costs.memory_table(None) == study.tables.NOT_MEASURED
+
+
+def test_python_prompts_are_whole_lines_of_held_out_modules(study):
+    prompts = list(importlib.import_module("python_prompts").prompts())
+    assert len({prompt["id"] for prompt in prompts}) == len(prompts) == 2 * len(held_out_sources())
+    for prompt in prompts:
+        source = held_out_sources()[prompt["id"].split()[0]]
+        assert f"\n{prompt['prompt']}" in source and prompt["prompt"].endswith("\n")
+        assert 300 < len(prompt["prompt"]) < 600
 
 
 def test_tables_in_a_page_are_replaced(study):
