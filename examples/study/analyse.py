@@ -74,6 +74,11 @@ def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callab
     made["against-controls"] = lambda: against(
         stories, [("token/poss2", name) for name in controls if name not in ("token/poss2", "token/eagle")]
     )
+    made["against-controls-tree"] = lambda: against(
+        stories,
+        [("token/poss2", name) for name in controls if name not in ("token/poss2", "token/eagle")],
+        "tree",
+    )
     made["leaky"] = lambda: against(stories, [(f"paper/{of}", f"leaky/{of}") for of in both])
     made["leaky-tau"] = lambda: tau_table(
         stories, [f"{loss}/{of}" for of in both for loss in ("paper", "leaky")], SUITES
@@ -113,6 +118,20 @@ def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callab
     made["convergence"] = lambda: curve_table(stories, [*names("token"), *names("paper"), "long/hass", "long/poss2"])
     rates = [f"{rate}/{of}" for of in both for rate in ("rate0.0003", "token", "rate0.003")]
     made["rates"] = lambda: tau_table(stories, rates, SUITES)
+    made["against-rates"] = lambda: against(
+        stories,
+        [
+            *((f"{rate}/poss2", f"{rate}/hass") for rate in ("rate0.0003", "token", "rate0.003")),
+            *((f"rate0.003/{of}", f"token/{of}") for of in both),
+        ],
+    )
+    made["steps"] = lambda: tau_table(stories, [f"{name}/{of}" for of in both for name in ("token", "long")], SUITES)
+    made["against-steps"] = lambda: against(
+        stories, [("long/poss2", "long/hass"), *((f"long/{of}", f"token/{of}") for of in both)]
+    )
+    made["against-positions"] = lambda: against(
+        stories, [(f"token/{of}", f"{name}/{of}") for of in both for name in ("K4", "K6")]
+    )
     made["positions"] = lambda: tau_table(
         stories, [f"{name}/{of}" for of in both for name in ("K4", "K6", "token")], SUITES
     )
@@ -120,6 +139,12 @@ def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callab
     made["spans"] = lambda: tau_table(stories, spans, SUITES)
     made["against-spans"] = lambda: against(
         stories, [("K6/poss3", "token/poss4"), ("K4/poss2", "token/poss4"), ("K4/poss2", "K6/poss3")]
+    )
+    made["against-spans-tree"] = lambda: against(
+        stories, [("K6/poss3", "token/poss4"), ("K4/poss2", "token/poss4"), ("K4/poss2", "K6/poss3")], "tree"
+    )
+    made["against-more-memory"] = lambda: against(
+        stories, [("token/poss1", "token/poss2"), ("token/poss2", "token/poss3"), ("token/poss2", "K4/poss2")], "tree"
     )
     trees = ("tree, 8 nodes", "tree, 12 nodes", "tree", "tree, 30 nodes", "tree, 60 nodes")
     made["trees"] = lambda: tau_table(stories, names("token", both), {suite: suite for suite in ("chain", *trees)})

@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--length", type=int, default=64, help="tokens of a training text")
     parser.add_argument("--only", nargs="+", help="conditions whose name begins so")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these alone")
     parser.add_argument("--recorded", type=Path, help="results whose runs are not made again")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -189,6 +190,8 @@ def main() -> None:
     runs = PLANS[args.plan]()
     if args.only:
         runs = [run for run in runs if run.name.startswith(tuple(args.only))]
+    if args.seeds:
+        runs = [run for run in runs if run.seed in args.seeds]
     recorded = set() if args.recorded is None else recorded_folders(Results.read(args.recorded), args.plan, runs)
     Study(args.plan, args.output, source, recorded).work(still_to_make(runs, recorded))
 
