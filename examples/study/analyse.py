@@ -88,6 +88,9 @@ def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callab
     made["against-losses"] = lambda: against(
         stories, [(f"token/{of}", f"{loss}/{of}") for of in both for loss in losses if loss != "token"]
     )
+    made["against-losses-tree"] = lambda: against(
+        stories, [(f"token/{of}", f"{loss}/{of}") for of in both for loss in losses if loss != "token"], "tree"
+    )
     made["specialists-by-loss"] = lambda: against(stories, [(f"{loss}/poss2", f"{loss}/hass") for loss in losses])
     made["data"] = lambda: against(stories, [("own-chat/poss2", "fixed-chat/poss2")], "chain, chat")
     made["domains"] = lambda: tau_table(
