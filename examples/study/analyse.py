@@ -18,6 +18,7 @@ from tables import (
     curve_table,
     depth_table,
     pos_acc_table,
+    position_differences,
     slope_table,
     suite_differences,
     tau_table,
@@ -68,6 +69,7 @@ def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callab
         made[f"slopes-{loss}"] = lambda loss=loss: slope_table(stories, names(loss))
         made[f"against-{loss}"] = lambda loss=loss: against(stories, rivals(loss))
         made[f"against-{loss}-tree"] = lambda loss=loss: against(stories, rivals(loss), "tree")
+    made["first-positions"] = lambda: position_differences(stories, rivals("token"), (1, 2, 3, 4))
     made["depths"] = lambda: depth_table(stories, names("token", ("eagle", *both)))
     controls = ["token/hass", "token/poss2", "token/wide", "token/lora2", "token/eagle-compute", "token/eagle"]
     made["controls"] = lambda: tau_table(stories, controls, SUITES)

@@ -95,6 +95,27 @@ def slope_table(results: Results, conditions: Sequence[str], suite: str = "chain
     return table(["drafter", *(f"{k} to {k + 1}" for k in range(1, POSITIONS))], rows)
 
 
+def position_differences(
+    results: Results, pairs: Sequence[tuple[str, str]], positions: Sequence[int], suite: str = "chain"
+) -> str:
+    """pos-acc of the first of each pair less that of the second in points, paired by seed, with 95% t intervals."""
+    rows = []
+    for a, b in pairs:
+        ours, theirs = results.pos_acc_by_seed(a, suite), results.pos_acc_by_seed(b, suite)
+        common = sorted(set(ours) & set(theirs))
+        if not common:
+            continue
+        cells = []
+        for k in positions:
+            changes = [100 * (ours[seed][k - 1] - theirs[seed][k - 1]) for seed in common]
+            mean, _ = mean_and_deviation(changes)
+            interval = t_interval(changes)
+            told = "" if interval is None else f" ({interval.low:+.1f} to {interval.high:+.1f})"
+            cells.append(f"{mean:+.1f}{told}")
+        rows.append([f"{a} – {b}", *cells, str(len(common))])
+    return table(["pos-acc of", *(f"position {k}" for k in positions), "n"], rows)
+
+
 def depth_table(results: Results, conditions: Sequence[str]) -> str:
     """tau of chains by depth, each depth drafted for itself, beside what pos-acc at depth 8 makes expect."""
     rows = []

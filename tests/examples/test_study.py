@@ -314,6 +314,17 @@ def test_differences_are_paired_by_seed(study):
     assert "+0.100 (+3.3%)" in table
 
 
+def test_positions_are_compared_seed_by_seed(study):
+    results = made_up(study, {"a": [2.0, 2.0, 2.0], "b": [2.0, 2.0, 2.0]})
+    for name, by_seed in (("a", (60, 70, 80)), ("b", (58, 67, 78))):
+        for seed, accepted in enumerate(by_seed):
+            results.conditions[name]["seeds"][str(seed)]["measured"]["chain"]["accepted"] = [accepted]
+    # Differences of 2, 3 and 2 points: Student's interval with 2 degrees of freedom, t = 4.303.
+    half = 4.303 * 0.57735 / 3**0.5
+    (row,) = cells(study.tables.position_differences(results, [("a", "b"), ("a", "missing")], (1,)))
+    assert row == ["a – b", f"+2.3 ({7 / 3 - half:+.1f} to {7 / 3 + half:+.1f})", "3"]
+
+
 def test_conditions_without_a_common_seed_are_not_compared(study):
     results = made_up(study, {"a": [2.0], "b": [2.0]})
     results.conditions["b"]["seeds"] = {"7": results.conditions["b"]["seeds"]["0"]}
