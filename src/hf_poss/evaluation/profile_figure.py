@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..hub.plots import blank_figure
+from .contestants import PLAIN
 
 
 __all__ = ["plot_profile"]
@@ -13,7 +14,8 @@ __all__ = ["plot_profile"]
 _PARTS = ("target_weights", "drafter_weights", "copies", "target_cache", "specialist_caches", "activations")
 _COLORS = ("#44546a", "#1f77b4", "#9ecae1", "#2ca02c", "#98df8a", "#d62728")
 _STYLES = ("-", "--", ":", "-.")
-_LINES = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b")
+_LINES = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
+_MARKERS = ("o", "s", "^", "D", "v")
 
 
 def plot_profile(path: str | os.PathLike, result: Mapping[str, Any]) -> bool:
@@ -69,34 +71,32 @@ def _draw_memory(panel: Any, result: Mapping[str, Any]) -> None:
     panel.set(ylabel="MiB", title=f"memory, {case['rows']} x {case['context']} tokens (line: predicted)")
     panel.title.set_fontsize(9)
     panel.tick_params(axis="x", labelsize=7)
-    panel.margins(y=0.25)  # for the legend
-    panel.legend(fontsize=6, loc="upper left", ncols=3)
+    panel.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
 
 
 def _draw_rounds(panel: Any, measured: Any) -> None:
-    names = list(measured[0]["latency"])
-    colors = dict(zip(names, _LINES * len(names), strict=False))
-    for rows in sorted({case["rows"] for case in measured}):
-        cases = sorted((case for case in measured if case["rows"] == rows), key=lambda case: case["context"])
+    names, rows = list(measured[0]["latency"]), sorted({case["rows"] for case in measured})
+    colors, markers = _drafter_colors(names), dict(zip(rows, itertools.cycle(_MARKERS), strict=False))
+    for count in rows:
+        cases = sorted((case for case in measured if case["rows"] == count), key=lambda case: case["context"])
         for name in names:
             spreads = [case["latency"][name].get("step") or case["latency"][name]["round"] for case in cases]
             panel.plot(
                 [case["context"] for case in cases],
                 [1e3 * spread["median"] for spread in spreads],
-                marker="o",
-                markersize=3,
+                marker=markers[count],
+                markersize=4,
                 color=colors[name],
-                alpha=1.0 if rows == min(case["rows"] for case in measured) else 0.5,
-                label=f"{name}, {rows} row{'s' * (rows > 1)}",
             )
     panel.set(xlabel="tokens of context", ylabel="ms", ylim=(0, None), title="a round, or a plain step")
     panel.title.set_fontsize(9)
-    panel.legend(fontsize=6)
+    _legend(panel, colors, markers)
 
 
 def _draw_depths(panel: Any, rounds: Any) -> None:
     names = list(dict.fromkeys(entry["drafter"] for entry in rounds))
-    colors = dict(zip(names, _LINES * len(names), strict=False))
+    colors, rows = _drafter_colors(names), sorted({entry["rows"] for entry in rounds})
+    markers = dict(zip(rows, itertools.cycle(_MARKERS), strict=False))
     styles = dict(zip(sorted({entry["context"] for entry in rounds}), itertools.cycle(_STYLES), strict=False))
     for entry in rounds:
         panel.plot(
@@ -104,10 +104,34 @@ def _draw_depths(panel: Any, rounds: Any) -> None:
             entry["speed_up_by_depth"],
             color=colors[entry["drafter"]],
             linestyle=styles[entry["context"]],
-            alpha=1.0 if entry["rows"] == 1 else 0.5,
-            label=f"{entry['drafter']}, {entry['rows']} x {entry['context']}",
+            linewidth=1.0,
+            marker=markers[entry["rows"]],
+            markersize=3,
         )
     panel.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
     panel.set(xlabel="draft positions a round", ylabel="tau / rho", title="speed-up by depth")
     panel.title.set_fontsize(9)
-    panel.legend(fontsize=6)
+    _legend(panel, colors, markers, styles)
+
+
+def _drafter_colors(names: list[str]) -> dict[str, str]:
+    """A color a drafter, the same in every panel; plain decoding, which is none, is grey."""
+    drafters = [name for name in names if name != PLAIN]
+    return {PLAIN: "0.4"} | dict(zip(drafters, itertools.cycle(_LINES), strict=False))
+
+
+def _legend(panel: Any, colors: Mapping[str, str], markers: Mapping[int, str], styles: Mapping | None = None) -> None:
+    """Below the panel: what colors, markers and styles stand for, one entry each."""
+    from matplotlib.lines import Line2D
+
+    drawn = {line.get_color() for line in panel.lines}
+    entries = [Line2D([], [], color=color, label=name) for name, color in colors.items() if color in drawn]
+    entries += [
+        Line2D([], [], color="black", linestyle="", marker=marker, markersize=4, label=f"{rows} row{'s' * (rows > 1)}")
+        for rows, marker in markers.items()
+    ]
+    entries += [
+        Line2D([], [], color="black", linestyle=style, label=f"{context} tokens")
+        for context, style in (styles or {}).items()
+    ]
+    panel.legend(handles=entries, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=5)
