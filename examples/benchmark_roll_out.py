@@ -61,7 +61,7 @@ def naive_loss(poss: PosSModel, input_ids: torch.LongTensor, features: torch.Ten
 
 
 def roll_out_loss(poss: PosSModel, input_ids: torch.LongTensor, features: torch.Tensor) -> torch.Tensor:
-    return poss(input_ids=input_ids, features=features).loss
+    return poss(input_ids=input_ids, features=features, losses={"feature": 1.0, "token": 0.1}).loss
 
 
 LOSSES = {"naive": naive_loss, "hf_poss": roll_out_loss}
