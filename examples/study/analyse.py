@@ -63,36 +63,30 @@ def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callab
     """Tables of tau and pos-acc by name."""
     both = ("hass", "poss2")
     made: dict[str, Callable[[], str]] = {}
+
+    def compare(name: str, results: Results, pairs: list[tuple[str, str]]) -> None:
+        """By chains, and by trees."""
+        made[f"against-{name}"] = lambda: against(results, pairs)
+        made[f"against-{name}-tree"] = lambda: against(results, pairs, "tree")
+
     for loss in ("token", "paper"):
         made[f"tau-{loss}"] = lambda loss=loss: tau_table(stories, ["start", *names(loss)], SUITES)
         made[f"pos-acc-{loss}"] = lambda loss=loss: pos_acc_table(stories, ["start", *names(loss)])
         made[f"slopes-{loss}"] = lambda loss=loss: slope_table(stories, names(loss))
-        made[f"against-{loss}"] = lambda loss=loss: against(stories, rivals(loss))
-        made[f"against-{loss}-tree"] = lambda loss=loss: against(stories, rivals(loss), "tree")
+        compare(loss, stories, rivals(loss))
     made["first-positions"] = lambda: position_differences(stories, rivals("token"), (1, 2, 3, 4))
     made["depths"] = lambda: depth_table(stories, names("token", ("eagle", *both)))
     controls = ["token/hass", "token/poss2", "token/wide", "token/lora2", "token/eagle-compute", "token/eagle"]
     made["controls"] = lambda: tau_table(stories, controls, SUITES)
-    made["against-controls"] = lambda: against(
-        stories, [("token/poss2", name) for name in controls if name not in ("token/poss2", "token/eagle")]
-    )
-    made["against-controls-tree"] = lambda: against(
-        stories,
-        [("token/poss2", name) for name in controls if name not in ("token/poss2", "token/eagle")],
-        "tree",
-    )
+    others = [name for name in controls if name not in ("token/poss2", "token/eagle")]
+    compare("controls", stories, [("token/poss2", name) for name in others])
     made["leaky"] = lambda: against(stories, [(f"paper/{of}", f"leaky/{of}") for of in both])
     made["leaky-tau"] = lambda: tau_table(
         stories, [f"{loss}/{of}" for of in both for loss in ("paper", "leaky")], SUITES
     )
     losses = ("token", "paper", "topk", "acceptance", "fused")
     made["losses"] = lambda: tau_table(stories, [f"{loss}/{of}" for loss in losses for of in both], SUITES)
-    made["against-losses"] = lambda: against(
-        stories, [(f"token/{of}", f"{loss}/{of}") for of in both for loss in losses if loss != "token"]
-    )
-    made["against-losses-tree"] = lambda: against(
-        stories, [(f"token/{of}", f"{loss}/{of}") for of in both for loss in losses if loss != "token"], "tree"
-    )
+    compare("losses", stories, [(f"token/{of}", f"{loss}/{of}") for of in both for loss in losses if loss != "token"])
     made["specialists-by-loss"] = lambda: against(stories, [(f"{loss}/poss2", f"{loss}/hass") for loss in losses])
     made["data"] = lambda: against(stories, [("own-chat/poss2", "fixed-chat/poss2")], "chain, chat")
     made["domains"] = lambda: tau_table(
@@ -142,12 +136,7 @@ def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callab
     )
     spans = ["token/hass", "token/poss4", "K6/poss3", "K4/poss2", "token/poss3", "token/poss2", "token/poss1"]
     made["spans"] = lambda: tau_table(stories, spans, SUITES)
-    made["against-spans"] = lambda: against(
-        stories, [("K6/poss3", "token/poss4"), ("K4/poss2", "token/poss4"), ("K4/poss2", "K6/poss3")]
-    )
-    made["against-spans-tree"] = lambda: against(
-        stories, [("K6/poss3", "token/poss4"), ("K4/poss2", "token/poss4"), ("K4/poss2", "K6/poss3")], "tree"
-    )
+    compare("spans", stories, [("K6/poss3", "token/poss4"), ("K4/poss2", "token/poss4"), ("K4/poss2", "K6/poss3")])
     made["against-more-memory"] = lambda: against(
         stories, [("token/poss1", "token/poss2"), ("token/poss2", "token/poss3"), ("token/poss2", "K4/poss2")], "tree"
     )
@@ -155,11 +144,9 @@ def blocks(stories: Results, demo: Results, family: Results) -> dict[str, Callab
     made["trees"] = lambda: tau_table(stories, names("token", both), {suite: suite for suite in ("chain", *trees)})
     for name, results in (("demo", demo), ("family", family)):
         conditions = ["start", *names("token"), "token/wide"]
-        pairs = [*rivals("token"), ("token/poss2", "token/wide")]
         made[f"tau-{name}"] = lambda results=results, of=conditions: tau_table(results, of, SUITES)
         made[f"pos-acc-{name}"] = lambda results=results, of=conditions: pos_acc_table(results, of)
-        made[f"against-{name}"] = lambda results=results, of=pairs: against(results, of)
-        made[f"against-{name}-tree"] = lambda results=results, of=pairs: against(results, of, "tree")
+        compare(name, results, [*rivals("token"), ("token/poss2", "token/wide")])
     made["data-demo"] = lambda: against(demo, [("token/poss2", "fixed/poss2")])
     return made
 
