@@ -48,7 +48,9 @@ def rivals(loss: str) -> list[tuple[str, str]]:
 def cost_blocks(results: Path) -> dict[str, Callable[[], str]]:
     """Tables of time and memory by name."""
     speed, profile, large = (read(results / f"study_{of}.json") for of in ("speed", "profile", "memory_8b"))
-    pairs = [("HASS", "EAGLE"), *((name, "HASS") for name in ("PosS-1", "PosS-2", "PosS-3")), ("wide", "PosS-2")]
+    specialists = ("PosS-1", "PosS-2", "PosS-3")
+    one_layer = [(name, layer) for layer in ("HASS", "EAGLE") for name in specialists]
+    pairs = [("HASS", "EAGLE"), *one_layer, ("wide", "PosS-2")]
     return {
         "speed": lambda: speed_table(speed),
         "against-speed": lambda: speed_comparisons(speed, pairs),

@@ -1,11 +1,15 @@
 """The study's tables of time and memory, from what `hf-poss evaluate` and `hf-poss profile` wrote."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tables import p_text, table
+from results import Difference
+from tables import difference_table, table
+
+from hf_poss.evaluation.significance import Comparison, Interval, corrected
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -45,26 +49,29 @@ def _over_runs(figures: Mapping[str, Any], ratio: str) -> str:
 
 
 def speed_comparisons(results: Mapping[str, Any] | None, pairs: Sequence[tuple[str, str]]) -> str:
-    """Speed-up of the first of each pair less that of the second, paired over prompts; Holm over all pairs that
-    `hf-poss evaluate` compared."""
-    rows = []
-    comparisons = [] if results is None else results["temperatures"][0]["comparisons"]
-    for a, b in pairs:
-        for of in comparisons:
-            if of["measure"] == "speed-up" and {of["a"], of["b"]} == {a, b}:
-                sign = 1 if of["a"] == a else -1
-                low, high = sorted(sign * end for end in of["interval"])
-                rows.append(
-                    [
-                        f"{a} – {b}",
-                        f"{sign * of['difference']:+.3f}",
-                        f"{low:+.3f} to {high:+.3f}",
-                        "–" if of["effect_size"] is None else f"{sign * of['effect_size']:.2f}",
-                        f"{p_text(of['p_adjusted'])} (n = {of['n']})",
-                        "significant" if of["significant"] else "not significant",
-                    ]
-                )
-    return table(["speed-up of", "difference", "95% over prompts", "d_z", "p", "verdict"], rows)
+    """Speed-up of the first of each pair less that of the second, paired over seeds and over prompts; one family.
+
+    Args:
+        pairs: in the order in which `hf-poss evaluate` compares them, the later drafter first; others are left out.
+    """
+    if results is None:
+        return table([], [])
+    temperature = results["temperatures"][0]
+    over_seeds, over_prompts = (
+        _speed_up_by_pair(temperature[of]) for of in ("comparisons_over_checkpoints", "comparisons")
+    )
+    found = [pair for pair in pairs if pair in over_seeds and pair in over_prompts]
+    by_seed, by_prompt = (corrected([of[pair] for pair in found]) for of in (over_seeds, over_prompts))
+    return difference_table([Difference(*of) for of in zip(by_seed, by_prompt, strict=True)], "speed-up")
+
+
+def _speed_up_by_pair(comparisons: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Comparison]:
+    names = [field.name for field in dataclasses.fields(Comparison)]
+    return {
+        (of["a"], of["b"]): Comparison(**{name: of[name] for name in names} | {"interval": Interval(*of["interval"])})
+        for of in comparisons
+        if of["measure"] == "speed-up" and of["interval"] is not None
+    }
 
 
 def memory_table(profile: Mapping[str, Any] | None, unit: str = "MiB") -> str:

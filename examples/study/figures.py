@@ -6,8 +6,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from plan import POSITIONS
-from results import Results, t_interval
+from results import Results
 from tables import title
+
+from hf_poss.evaluation.significance import student_interval
 
 
 # Okabe and Ito's palette, with a marker each.
@@ -15,12 +17,12 @@ _STYLES = (("#000000", "o"), ("#E69F00", "s"), ("#0072B2", "^"), ("#009E73", "D"
 
 
 def _band(axis: Axes, places: Sequence[float], by_seed: Sequence[Sequence[float]], label: str, index: int) -> None:
-    """A line of means with the 95% t interval over seeds."""
+    """A line of means with Student's 95% interval over seeds."""
     columns = list(zip(*by_seed, strict=True))
     means = [sum(column) / len(column) for column in columns]
     color, marker = _STYLES[index % len(_STYLES)]
     axis.plot(places, means, color=color, marker=marker, markersize=4, label=label)
-    intervals = [t_interval(column) for column in columns]
+    intervals = [student_interval(column) for column in columns]
     if all(interval is not None for interval in intervals):
         axis.fill_between(places, *zip(*intervals, strict=True), color=color, alpha=0.15, linewidth=0)
 

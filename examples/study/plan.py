@@ -160,9 +160,7 @@ def demo_runs() -> list[Run]:
         *(Run(f"token/{method}", 0, method, questions=(1,)) for method in methods),
         Run("fixed/poss2", 0, "poss2", data="fixed:home", questions=(5,)),
     ]
-    return [
-        replace(run, seed=seed) for run in conditions for seed in (FEWER_SEEDS if run.name == "token/wide" else SEEDS)
-    ]
+    return [replace(run, seed=seed) for run in conditions for seed in SEEDS]
 
 
 def family_runs() -> list[Run]:

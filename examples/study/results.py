@@ -1,15 +1,12 @@
 """The study's results by condition, seed and prompt, and what two conditions differ by."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy import stats
-
-from hf_poss.evaluation.significance import Comparison, Interval, compare, corrected, mean_and_deviation
+from hf_poss.evaluation.significance import Comparison, compare, corrected
 from hf_poss.measures import mean_acceptance_length, position_acceptance
 
 
@@ -68,17 +65,15 @@ class Results:
 
 @dataclass
 class Difference:
-    """tau of one condition against another, in two units of observation.
+    """One condition against another, in two units of observation.
 
     Args:
         by_seed: would another training run agree? n is the number of seeds.
         by_prompt: would other prompts agree, with these drafters? n is the number of prompts.
-        by_seed_differences: one a seed.
     """
 
     by_seed: Comparison
     by_prompt: Comparison
-    by_seed_differences: list[float]
 
 
 def differences(
@@ -91,7 +86,7 @@ def differences(
         suite: what they are tested by.
         other_suite: what the second one is tested by, if something else.
     """
-    by_seed, by_prompt, values = [], [], []
+    by_seed, by_prompt = [], []
     for a, b in pairs:
         ours, theirs = results.tau_by_seed(a, suite), results.tau_by_seed(b, other_suite or suite)
         common = sorted(set(ours) & set(theirs))
@@ -101,14 +96,4 @@ def differences(
         prompts = results.tau_by_prompt(a, suite, common), results.tau_by_prompt(b, other_suite or suite, common)
         by_seed.append(compare(ours, theirs, names=(a, b), unit="seeds"))
         by_prompt.append(compare(*prompts, names=(a, b), unit="prompts"))
-        values.append([ours[seed] - theirs[seed] for seed in common])
-    return [Difference(*of) for of in zip(corrected(by_seed), corrected(by_prompt), values, strict=True)]
-
-
-def t_interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
-    """Student's interval of the mean, for so few values that a bootstrap says nothing; None of fewer than two."""
-    mean, deviation = mean_and_deviation(values)
-    if deviation is None:
-        return None
-    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
-    return Interval(mean - half, mean + half)
+    return [Difference(*of) for of in zip(corrected(by_seed), corrected(by_prompt), strict=True)]

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from plan import POSITIONS
-from results import Difference, Results, differences, t_interval
+from results import Difference, Results, differences
 
-from hf_poss.evaluation.significance import mean_and_deviation
+from hf_poss.evaluation.significance import mean_and_deviation, student_interval
 from hf_poss.measures import expected_tau
 
 
@@ -79,7 +79,7 @@ def pos_acc_table(results: Results, conditions: Sequence[str], suite: str = "cha
 
 
 def slope_table(results: Results, conditions: Sequence[str], suite: str = "chain") -> str:
-    """Change of pos-acc from each draft position to the next in points, with a 95% t interval over seeds."""
+    """Change of pos-acc from each draft position to the next in points, with Student's 95% interval over seeds."""
     rows = []
     for name in conditions:
         by_seed = list(results.pos_acc_by_seed(name, suite).values())
@@ -88,7 +88,7 @@ def slope_table(results: Results, conditions: Sequence[str], suite: str = "chain
         cells = []
         for k in range(1, min(map(len, by_seed))):
             changes = [100 * (of[k] - of[k - 1]) for of in by_seed]
-            low, high = t_interval(changes)
+            low, high = student_interval(changes)
             mean, _ = mean_and_deviation(changes)
             cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
         rows.append([title(name), *cells])
@@ -98,7 +98,7 @@ def slope_table(results: Results, conditions: Sequence[str], suite: str = "chain
 def position_differences(
     results: Results, pairs: Sequence[tuple[str, str]], positions: Sequence[int], suite: str = "chain"
 ) -> str:
-    """pos-acc of the first of each pair less that of the second in points, paired by seed, with 95% t intervals."""
+    """pos-acc of the first of each pair less that of the second in points, by seed, with Student's 95% intervals."""
     rows = []
     for a, b in pairs:
         ours, theirs = results.pos_acc_by_seed(a, suite), results.pos_acc_by_seed(b, suite)
@@ -109,7 +109,7 @@ def position_differences(
         for k in positions:
             changes = [100 * (ours[seed][k - 1] - theirs[seed][k - 1]) for seed in common]
             mean, _ = mean_and_deviation(changes)
-            interval = t_interval(changes)
+            interval = student_interval(changes)
             told = "" if interval is None else f" ({interval.low:+.1f} to {interval.high:+.1f})"
             cells.append(f"{mean:+.1f}{told}")
         rows.append([f"{a} – {b}", *cells, str(len(common))])
@@ -130,17 +130,16 @@ def depth_table(results: Results, conditions: Sequence[str]) -> str:
     return table(["drafter", *map(str, range(1, POSITIONS + 1)), "expected at 8"], rows)
 
 
-def difference_table(found: Sequence[Difference]) -> str:
-    """tau of the first less that of the second, with what seeds and what prompts say of it."""
+def difference_table(found: Sequence[Difference], measure: str = "tau") -> str:
+    """The measure of the first less that of the second, with what seeds and what prompts say of it."""
     rows = []
     for difference in found:
         seeds, prompts = difference.by_seed, difference.by_prompt
-        interval = t_interval(difference.by_seed_differences)
         rows.append(
             [
                 f"{seeds.a} – {seeds.b}",
                 f"{seeds.difference:+.3f} ({100 * seeds.difference / seeds.mean_b:+.1f}%)",
-                "–" if interval is None else f"{interval.low:+.3f} to {interval.high:+.3f}",
+                "–" if seeds.interval is None else f"{seeds.interval.low:+.3f} to {seeds.interval.high:+.3f}",
                 "–" if seeds.effect_size is None else f"{seeds.effect_size:.2f}",
                 f"{p_text(seeds.p_adjusted)} (n = {seeds.n})",
                 f"{prompts.interval.low:+.3f} to {prompts.interval.high:+.3f}",
@@ -148,8 +147,8 @@ def difference_table(found: Sequence[Difference]) -> str:
                 _verdict(difference),
             ]
         )
-    head = ["tau of", "difference", "95% over seeds", "d_z", "p, seeds", "95% over prompts", "p, prompts", "verdict"]
-    return table(head, rows)
+    head = ["difference", "95% over seeds", "d_z", "p, seeds", "95% over prompts", "p, prompts", "verdict"]
+    return table([f"{measure} of", *head], rows)
 
 
 def _verdict(difference: Difference) -> str:
@@ -187,7 +186,7 @@ def suite_differences(results: Results, condition: str, suites: Sequence[str], b
         ours = results.tau_by_seed(condition, suite)
         changes = [ours[seed] - theirs[seed] for seed in sorted(set(ours) & set(theirs))]
         if changes:
-            interval = t_interval(changes)
+            interval = student_interval(changes)
             told = "–" if interval is None else f"{interval.low:+.3f} to {interval.high:+.3f}"
             rows.append([title(condition), suite, deviation(changes, "+.3f"), told, str(len(changes))])
     return table(["drafter", "tested on", f"tau less that of {base}", "95% over seeds", "n"], rows)

@@ -1,7 +1,8 @@
-"""Whether a difference is more than chance: paired tests, effect sizes, bootstrap intervals, Holm's correction.
+"""Whether a difference is more than chance: paired tests, effect sizes, intervals, Holm's correction.
 
 A question, not a token or a round, is the unit that is drawn: rounds of one text depend on each other. Intervals are
-BCa bootstrap intervals (Efron, "Better bootstrap confidence intervals", 1987), made from resamples of whole questions.
+BCa bootstrap intervals (Efron, "Better bootstrap confidence intervals", 1987), made from resamples of whole questions;
+those of a difference over few pairs, such as training seeds, are Student's.
 """
 
 import math
@@ -25,9 +26,11 @@ __all__ = [
     "effect_size",
     "holm",
     "mean_and_deviation",
+    "student_interval",
 ]
 
 _NORMAL = NormalDist()
+_FEW_PAIRS = 10  # resamples of fewer vary too little, and intervals made of them miss too often
 # Cohen, "Statistical Power Analysis for the Behavioral Sciences", 1988
 _EFFECTS = ((0.2, "negligible"), (0.5, "small"), (0.8, "medium"), (math.inf, "large"))
 
@@ -51,7 +54,8 @@ class Comparison:
         left_out: units that only one of the two has.
         mean_a, mean_b: over the pairs.
         level: of the interval; `1 - level` is the share of false alarms that is allowed.
-        interval: of the mean difference a - b, by bootstrap; None of one pair or none.
+        interval: of the mean difference a - b, by bootstrap, of fewer than 10 pairs Student's; None of one pair or
+            none.
         effect_size: Cohen's d_z, see [`effect_size`].
         p_value: of the paired t-test, two-sided; None of one pair or none.
         p_bootstrap: of the paired bootstrap, two-sided, likewise.
@@ -169,6 +173,10 @@ def compare(
     if not np.isfinite(pairs).all():
         raise ValueError(f"A {measure} is not a finite number; leave out questions that have none.")
     differences = pairs[:, 0] - pairs[:, 1]
+    if len(keys) < _FEW_PAIRS:
+        interval = student_interval(differences, level=level)
+    else:
+        interval = bootstrap_interval(differences, level=level, resamples=resamples, seed=seed)
     p_value, p_bootstrap = _p_values(differences, resamples, seed)
     return Comparison(
         *names,
@@ -179,7 +187,7 @@ def compare(
         mean_a=float(pairs[:, 0].mean()) if keys else 0.0,
         mean_b=float(pairs[:, 1].mean()) if keys else 0.0,
         level=level,
-        interval=bootstrap_interval(differences, level=level, resamples=resamples, seed=seed),
+        interval=interval,
         effect_size=effect_size(differences),
         p_value=p_value,
         p_bootstrap=p_bootstrap,
@@ -231,6 +239,23 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean, and standard deviation of the sample (n - 1); None of one value."""
     values = np.asarray(values, dtype=float)
     return float(values.mean()), float(values.std(ddof=1)) if values.size > 1 else None
+
+
+def student_interval(values: Sequence[float], *, level: float = 0.95) -> Interval | None:
+    """Student's interval of the mean (n - 1 degrees of freedom), for values too few to resample; None of fewer than
+    two.
+
+    Args:
+        values: independent, from something like a normal distribution.
+        level: probability that intervals made so hold the true mean.
+    """
+    from scipy import stats
+
+    if len(values) < 2:
+        return None
+    mean, deviation = mean_and_deviation(values)
+    half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return Interval(mean - half, mean + half)
 
 
 def bootstrap_interval(
