@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_poss.configuration_poss import specialist_index
+from hf_poss.evaluation.drafters import takes_batches
 from hf_poss.evaluation.records import QuestionRecord, TurnRecord
 from hf_poss.measures import DriftSums
 
@@ -54,6 +55,7 @@ class MadeUpEvaluation:
     sets: dict[str, int] = field(default_factory=lambda: {"mt_bench": 6, "gsm8k": 4})
     temperatures: tuple[float, ...] = (0.0,)
     seeds: tuple[int, ...] = (0,)
+    batch_sizes: tuple[int, ...] = (1,)
     tokens: int = 40
     turns: int = 1
     categories: tuple[str, ...] = ("made up",)
@@ -72,7 +74,7 @@ class MadeUpEvaluation:
             ],
             "temperatures": list(self.temperatures),
             "seeds": list(self.seeds),
-            "batch_size": 1,
+            "batch_sizes": list(self.batch_sizes),
             "max_new_tokens": self.tokens,
             "chat": False,
             "generate": {},
@@ -81,12 +83,14 @@ class MadeUpEvaluation:
 
     def records(self) -> list[QuestionRecord]:
         return [
-            self._record(drafter, name, question, checkpoint, temperature, seed)
+            self._record(drafter, name, question, checkpoint, temperature, seed, batch_size)
+            for batch_size in self.batch_sizes
             for temperature in self.temperatures
             for seed in self.seeds
             for name, count in self.sets.items()
             for question in range(count)
             for drafter in [PLAIN, *self.drafters]
+            if batch_size == 1 or takes_batches(drafter.kind)
             for checkpoint in range(drafter.checkpoints)
         ]
 
@@ -99,18 +103,19 @@ class MadeUpEvaluation:
             (folder / f"records-{index:05d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return folder
 
-    def _record(self, drafter, benchmark, question, checkpoint, temperature, seed) -> QuestionRecord:
+    def _record(self, drafter, benchmark, question, checkpoint, temperature, seed, batch_size) -> QuestionRecord:
         turns = []
         for turn in range(self.turns):
             text = random.Random(f"{benchmark} {question} {turn} {seed if temperature else ''}")
             length = self.tokens - text.randrange(self.tokens // 2)
             token_ids = [text.randrange(len(self.words)) for _ in range(length)]
             luck = random.Random(f"{drafter.name} {checkpoint} {benchmark} {question} {turn} {temperature} {seed}")
-            turns.append(self._turn(drafter, token_ids, luck))
+            turns.append(self._turn(drafter, token_ids, luck, batch_size))
         category = self.categories[question % len(self.categories)]
-        return QuestionRecord(benchmark, str(question), category, drafter.name, checkpoint, temperature, seed, turns)
+        place = benchmark, str(question), category, drafter.name, checkpoint, temperature, seed, batch_size
+        return QuestionRecord(*place, question // batch_size, turns)
 
-    def _turn(self, drafter: MadeUp, token_ids: list[int], luck: random.Random) -> TurnRecord:
+    def _turn(self, drafter: MadeUp, token_ids: list[int], luck: random.Random, batch_size: int) -> TurnRecord:
         depth = len(drafter.rates)
         authors, drafted, reached, accepted, rounds = [0], [0] * depth, [0] * depth, [0] * depth, 0
         while len(authors) < len(token_ids):
@@ -127,7 +132,9 @@ class MadeUpEvaluation:
                 authors.append(position)
             if len(authors) < len(token_ids):
                 authors.append(0)
-        seconds = PROMPT + rounds * drafter.rho * STEP * luck.uniform(0.95, 1.05)
+        # Plain steps of more rows cost no more; rounds do, by 10% a row.
+        rho = drafter.rho * (1 + 0.1 * (batch_size - 1) * (drafter.kind != "plain"))
+        seconds = PROMPT + rounds * rho * STEP * luck.uniform(0.95, 1.05)
         has_specialists = drafter.kind == "poss"
         parts = {"context": 0.1, "passes": 0.3, "tree": 0.05, "prompt": 9.0, "verification": 0.5, "walk": 0.03}
         return TurnRecord(
@@ -137,7 +144,7 @@ class MadeUpEvaluation:
             authors=authors if has_specialists else [0] * len(token_ids),
             seconds=seconds,
             prompt_seconds=PROMPT,
-            rows=1,
+            rows=batch_size,
             rounds=rounds,
             passes=float(rounds),
             tokens=len(token_ids) - 1,

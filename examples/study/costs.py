@@ -17,7 +17,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def speed_table(results: Mapping[str, Any] | None) -> str:
-    """tau, rho and speed-up by drafter on the first prompt set, at the first temperature."""
+    """tau, rho and speed-up by drafter on the first prompt set, at the lowest temperature."""
     rows = []
     for name, figures in _figures(results).items():
         low, high = figures["intervals"]["speed_up"] or (None, None)
@@ -38,7 +38,7 @@ def speed_table(results: Mapping[str, Any] | None) -> str:
 def _figures(results: Mapping[str, Any] | None) -> dict[str, Any]:
     if results is None:
         return {}
-    return next(iter(results["temperatures"][0]["benchmarks"].values()))
+    return next(iter(results["decodings"][0]["benchmarks"].values()))
 
 
 def _over_runs(figures: Mapping[str, Any], ratio: str) -> str:
@@ -56,9 +56,9 @@ def speed_comparisons(results: Mapping[str, Any] | None, pairs: Sequence[tuple[s
     """
     if results is None:
         return table([], [])
-    temperature = results["temperatures"][0]
+    greedy = results["decodings"][0]
     over_seeds, over_prompts = (
-        _speed_up_by_pair(temperature[of]) for of in ("comparisons_over_checkpoints", "comparisons")
+        _speed_up_by_pair(greedy[of]) for of in ("comparisons_over_checkpoints", "comparisons")
     )
     found = [pair for pair in pairs if pair in over_seeds and pair in over_prompts]
     by_seed, by_prompt = (corrected([of[pair] for pair in found]) for of in (over_seeds, over_prompts))

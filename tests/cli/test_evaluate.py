@@ -89,7 +89,7 @@ def whole(folder) -> Path:
 
 def test_every_drafter_and_checkpoint_answers_every_question(whole):
     expected = {
-        ("mine", str(question), "", drafter, checkpoint, temperature, seed)
+        ("mine", str(question), "", drafter, checkpoint, temperature, seed, 2)
         for question in range(1, len(QUESTIONS) + 1)
         for drafter, checkpoint in (("plain", 0), ("EAGLE", 0), ("PosS-2", 0), ("PosS-2", 1))
         for temperature, seed in ((0.0, 0), (1.0, 0), (1.0, 1))
@@ -103,7 +103,7 @@ def test_every_drafter_and_checkpoint_answers_every_question(whole):
 
 def test_greedy_texts_are_plain_generates(folder, whole):
     target, tokenizer = make_target("llama", scale=3.0), word_tokenizer()
-    for (_, question, _, _, _, temperature, _), record in records(whole).items():
+    for (_, question, _, _, _, temperature, *_), record in records(whole).items():
         if temperature:
             continue
         inputs = tokenizer.apply_chat_template(
@@ -127,7 +127,7 @@ def test_what_was_evaluated_is_told(folder, whole):
     assert [of.get("num_specialists") for of in about["drafters"]] == [None, 1, 2]
     [mine] = about["benchmarks"]
     assert (mine["name"], mine["questions"], mine["turns"], mine["skipped"]) == ("mine", 5, 7, 0)
-    assert (about["temperatures"], about["seeds"], about["batch_size"]) == ([0.0, 1.0], [0, 1], 2)
+    assert (about["temperatures"], about["seeds"], about["batch_sizes"]) == ([0.0, 1.0], [0, 1], [2])
     assert about["chat"] is True and about["max_new_tokens"] == NEW_TOKENS and about["processes"] == 1
     assert about["command"].startswith("hf-poss") and about["versions"]["torch"] == torch.__version__
 
@@ -223,7 +223,7 @@ def test_the_pair_that_ships_is_the_default(tmp_path, capsys):
         inputs = tokenizer(text, return_tensors="pt")
         with collect_statistics() as stats:
             ids = target.generate(**inputs, assistant_model=poss, max_new_tokens=16, do_sample=False)
-        [turn] = found["demo", title, "code", "poss", 0, 0.0, 0].turns
+        [turn] = found["demo", title, "code", "poss", 0, 0.0, 0, 1].turns
         assert turn.token_ids == ids[0, inputs["input_ids"].shape[1] :].tolist()
         assert turn.rounds == stats.rounds and turn.accepted == stats.accepted
         assert turn.text == tokenizer.decode(turn.token_ids, skip_special_tokens=True)
@@ -242,6 +242,23 @@ def test_static_caches_write_the_same_texts(folder, tmp_path, silent):
         for output in (static, dynamic)
     ]
     assert texts[0] == texts[1]
+
+
+def test_several_batch_sizes_and_transformers_drafters_beside_them(folder, tmp_path, silent, monkeypatch):
+    output = tmp_path / "out"
+    more = ("--batch_sizes", "1", "2", "1", "--baselines", "prompt-lookup", "--limit", "3", "--no-drift")
+    assert main(command(folder, output, *more)) == 0
+    assert json.loads((output / "evaluation.json").read_text())["batch_sizes"] == [1, 2]
+    texts: dict[tuple, dict[int, list]] = {}
+    for record in records(output).values():
+        place = record.drafter, record.checkpoint, record.question
+        texts.setdefault(place, {})[record.batch_size] = [turn.token_ids for turn in record.turns]
+    assert len(texts) == 5 * 3  # contestants, questions
+    for (drafter, _, question), by_size in texts.items():
+        assert set(by_size) == ({1} if drafter == "prompt-lookup" else {1, 2})
+        assert all(of == texts["plain", 0, question][1] for of in by_size.values())
+    monkeypatch.setattr(EvaluationRun, "run", None)
+    assert main(command(folder, output, *more)) == 0  # nothing is missing
 
 
 def test_any_knob_reaches_generate(folder, tmp_path, silent):
@@ -276,10 +293,11 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(tmp_path, silent, warn
         (("--poss", "A=/no/poss"), "There is no folder /no/poss"),
         (("--generate", "top_q=1"), "knows no `top_q`"),
         (("--baselines", "assistant"), "pass `--assistant`"),
-        (("--baselines", "prompt-lookup", "--batch_size", "2"), "--batch_size 1 only"),
+        (("--baselines", "prompt-lookup", "--batch_size", "2"), "--batch_sizes 1 only"),
         (("--baselines", "prompt-lookup", "--cache_implementation", "static"), "dynamic caches only"),
         (("--temperature", "-1"), "`--temperature -1.0`"),
-        (("--batch_size", "0"), "`--batch_size 0`; expected 1"),
+        (("--batch_size", "0"), "`--batch_sizes 0`; expected 1"),
+        (("--batch_sizes", "2", "-1"), "`--batch_sizes -1`; expected 1"),
         (("--max_new_tokens", "1"), "`--max_new_tokens 1`; expected 2"),
         (("--limit", "0"), "`--limit 0`; expected 1"),
         (("--depth", "0"), "`--depth 0`; expected 1"),

@@ -88,7 +88,7 @@ def test_shapes_are_measured_and_their_acceptance_is_assumed(capsys, tmp_path):
 def test_acceptance_comes_from_results_by_name(pair, tmp_path, capsys):
     results, path = tmp_path / "results.json", tmp_path / "profile.json"
     pooled = {"PosS-2": {"pos_acc": [0.5, 0.4]}, "EAGLE": {"pos_acc": [0.3]}}
-    results.write_text(json.dumps({"temperatures": [{"pooled": pooled}]}))
+    results.write_text(json.dumps({"decodings": [{"pooled": pooled}]}))
     sizes = ["--batch_sizes", "1", "--results", str(results), "--output", str(path)]
     profile(capsys, *pair, *SMALL, *sizes)
     rounds = json.loads(path.read_text())["break_even"]["rounds"]
@@ -96,7 +96,7 @@ def test_acceptance_comes_from_results_by_name(pair, tmp_path, capsys):
         "PosS-2": [0.5, 0.4],
         "EAGLE": [0.3] * 2,
     }
-    results.write_text(json.dumps({"temperatures": [{"pooled": {"other": {"pos_acc": [0.5]}}}]}))
+    results.write_text(json.dumps({"decodings": [{"pooled": {"other": {"pos_acc": [0.5]}}}]}))
     assert main(["profile", *pair, *SMALL, *sizes]) == 1
     assert "no acceptance of PosS-2, EAGLE; it has other" in capsys.readouterr().err
 

@@ -310,6 +310,8 @@ def records(drafter: str, answers: dict[str, list[list[int]]], **turn) -> list:
             checkpoint=0,
             temperature=0.0,
             seed=0,
+            batch_size=1,
+            batch=0,
             turns=[TurnRecord(token_ids=ids, tokens=len(ids) - 1, **fields) for ids in turns],
         )
         for question, turns in answers.items()

@@ -61,6 +61,21 @@ def test_several_temperatures_have_figures_each(tmp_path):
     assert names == [f"{name}_t{temperature}" for temperature in ("0", "0.7") for name in NAMES]
 
 
+def test_batch_sizes_have_figures_each_and_one_across(tmp_path):
+    evaluation = MadeUpEvaluation([LOOKUP, POSS], temperatures=(0.0, 1.0), batch_sizes=(1, 4))
+    results = compute_results(evaluation.write(tmp_path))
+    drawn = {figure.name: figure for figure in draw_figures(results)}
+    suffixes = [f"_t{temperature}_b{size}" for temperature in (0, 1) for size in (1, 4)]
+    of_each = [f"{name}{suffix}" for suffix in suffixes for name in NAMES]
+    assert list(drawn) == [*of_each, "batch_size_t0", "batch_size_t1"]
+    (axes,) = drawn["batch_size_t0"].figure.axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "4"]
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
+    speeds = [of["mean"]["PosS-2"]["speed_up"] for of in results["decodings"][:2]]
+    assert curves == {"PosS-2": speeds}  # prompt lookup has one row only
+    assert f"PosS-2 {speeds[0]:.2f}x to {speeds[1]:.2f}x" in drawn["batch_size_t0"].reading
+
+
 def test_what_was_not_measured_is_not_drawn(tmp_path):
     results = compute_results(MadeUpEvaluation([LOOKUP]).write(tmp_path))
     assert [drawn.name for drawn in draw_figures(results)] == ["tau", "speed_up"]
@@ -69,7 +84,7 @@ def test_what_was_not_measured_is_not_drawn(tmp_path):
 def test_curves_are_pos_acc(results, figures):
     (axes,) = figures["pos_acc"].figure.axes
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-    pooled = results["temperatures"][0]["pooled"]
+    pooled = results["decodings"][0]["pooled"]
     assert lines == {label: pytest.approx(pooled[label]["pos_acc"]) for label in ("EAGLE", "PosS-2")}
     markers = {line.get_marker() for line in axes.lines}
     assert len(markers) == 2  # not by colour alone
@@ -77,7 +92,7 @@ def test_curves_are_pos_acc(results, figures):
 
 def test_bars_are_tau_with_its_interval(results, figures):
     (axes,) = figures["tau"].figure.axes
-    groups = [*results["temperatures"][0]["benchmarks"].values(), results["temperatures"][0]["mean"]]
+    groups = [*results["decodings"][0]["benchmarks"].values(), results["decodings"][0]["mean"]]
     wanted = [by_label[label] for by_label in groups for label in ("prompt-lookup", "EAGLE", "PosS-2")]
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([figures["tau_macro"] for figures in wanted])
     ends = [tuple(line.get_xdata()) for line in axes.lines[1::2]]  # each on a halo
@@ -95,7 +110,7 @@ def test_plain_decoding_is_in_the_figure_where_all_lose(tmp_path):
 
 def test_a_specialists_bar_is_as_wide_as_its_span(results, figures):
     eagle, poss = figures["specialists"].figure.axes
-    acceptance = results["temperatures"][0]["pooled"]["PosS-2"]["specialists"]["acceptance"]
+    acceptance = results["decodings"][0]["pooled"]["PosS-2"]["specialists"]["acceptance"]
     spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in poss.patches]
     assert [bar.get_height() for bar in poss.patches] == pytest.approx(acceptance)
     assert [(round(start + 0.5), round(end - 0.5)) for start, end in spans] == [(1, 2), (3, 4)]
@@ -104,14 +119,14 @@ def test_a_specialists_bar_is_as_wide_as_its_span(results, figures):
 
 def test_drift_has_a_panel_for_direction_and_one_for_length(results, figures):
     cosines, norms = figures["drift"].figure.axes
-    drift = results["temperatures"][0]["pooled"]["PosS-2"]["drift"]
+    drift = results["decodings"][0]["pooled"]["PosS-2"]["drift"]
     assert list(cosines.lines[1].get_ydata()) == pytest.approx(drift["mean_cosine"])
     assert list(norms.lines[1].get_ydata()) == pytest.approx(drift["mean_norm_ratio"])
 
 
 def test_a_rounds_parts_are_milliseconds(results, figures):
     (axes,) = figures["round"].figure.axes
-    parts = results["temperatures"][0]["pooled"]["EAGLE"]["parts"]
+    parts = results["decodings"][0]["pooled"]["EAGLE"]["parts"]
     bars = [bar for bar in axes.patches if round(bar.get_y() + bar.get_height() / 2) == 0]
     assert sum(bar.get_width() for bar in bars) == pytest.approx(
         1e3 * sum(parts["seconds"].values()) / parts["passes"]

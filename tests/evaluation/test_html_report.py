@@ -144,8 +144,8 @@ def test_the_page_says_what_was_found(page, folder):
     results = compute_results(folder)
     text = "".join(text for _, text in page.all("body"))
     assert headline(results) in text
-    assert f"{results['temperatures'][0]['mean']['PosS-<2>']['tau_macro']:.2f}" in text
-    of = results["temperatures"][0]
+    assert f"{results['decodings'][0]['mean']['PosS-<2>']['tau_macro']:.2f}" in text
+    of = results["decodings"][0]
     lists = [of["comparisons"], of["comparisons_over_checkpoints"], *of["comparisons_by_benchmark"].values()]
     compared = [comparison for comparisons in lists for comparison in comparisons]
     verdicts = [text for _, text in page.all("td", **{"class": "verdict"})]

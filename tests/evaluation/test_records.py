@@ -38,7 +38,7 @@ def record_of(question: str = "1", drafter: str = "plain") -> QuestionRecord:
         parts={"passes": 0.2},
         pass_seconds=[0.1, 0.1],
     )
-    return QuestionRecord("qa", question, "facts", drafter, 0, 0.0, 0, [turn])
+    return QuestionRecord("qa", question, "facts", drafter, 0, 0.0, 0, 2, 0, [turn])
 
 
 def write(folder: EvaluationFolder, process: int, *records: QuestionRecord) -> None:

@@ -29,7 +29,7 @@ def results(evaluation, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def at_zero(results) -> dict:
-    return results["temperatures"][0]
+    return results["decodings"][0]
 
 
 def turns(evaluation, drafter, benchmark=None) -> list:
@@ -71,7 +71,7 @@ def test_ratios_by_hand(evaluation, at_zero):
 
 def test_rates_are_those_that_were_made_up(tmp_path):
     evaluation = MadeUpEvaluation([POSS], sets={"gsm8k": 150})
-    of = compute_results(evaluation.write(tmp_path))["temperatures"][0]["pooled"]["PosS-2"]
+    of = compute_results(evaluation.write(tmp_path))["decodings"][0]["pooled"]["PosS-2"]
     for rate, reached, found, (low, high) in zip(
         POSS.rates, of["reached"], of["pos_acc"], of["intervals"]["pos_acc"], strict=True
     ):
@@ -124,7 +124,7 @@ def test_texts_are_compared_with_those_of_plain_decoding(evaluation, tmp_path):
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation.about()))
     lines = [json.dumps(record.to_dict()) for record in records]
     (tmp_path / "records-00000.jsonl").write_text("\n".join(lines) + "\n")
-    pooled = compute_results(tmp_path)["temperatures"][0]["pooled"]
+    pooled = compute_results(tmp_path)["decodings"][0]["pooled"]
     assert (pooled["EAGLE"]["identical"]["texts"], pooled["EAGLE"]["identical"]["of"]) == (19, 20)
     assert pooled["EAGLE"]["identical"]["differences"] == [
         {"benchmark": "mt_bench", "question": "1", "turn": 1, "checkpoint": 0, "token": 3}
@@ -134,7 +134,7 @@ def test_texts_are_compared_with_those_of_plain_decoding(evaluation, tmp_path):
 
 def test_texts_that_are_drawn_are_not_compared(tmp_path):
     results = compute_results(MadeUpEvaluation([POSS], temperatures=(1.0,)).write(tmp_path))
-    assert results["temperatures"][0]["pooled"]["PosS-2"]["identical"] is None
+    assert results["decodings"][0]["pooled"]["PosS-2"]["identical"] is None
 
 
 def test_comparisons_are_paired_over_questions(evaluation, at_zero):
@@ -181,7 +181,7 @@ def test_speed_by_question_is_over_plain_decoding_of_that_question(evaluation, a
 def test_checkpoints_and_seeds_have_mean_and_deviation(tmp_path):
     drafters = [MadeUp("HASS", [0.7, 0.5], checkpoints=3), MadeUp("PosS-1", [0.8, 0.8], n=1, checkpoints=3), EAGLE]
     evaluation = MadeUpEvaluation(drafters, temperatures=(0.0, 1.0), seeds=(0, 1))
-    zero, one = compute_results(evaluation.write(tmp_path))["temperatures"]
+    zero, one = compute_results(evaluation.write(tmp_path))["decodings"]
     runs = zero["benchmarks"]["gsm8k"]["HASS"]["runs"]
     taus = []
     for checkpoint in range(3):
@@ -210,7 +210,7 @@ def test_checkpoints_and_seeds_have_mean_and_deviation(tmp_path):
 def test_of_several_runs_a_question_is_one_unit(tmp_path):
     """Three checkpoints of one method are no three times as many questions."""
     drafters = [MadeUp("HASS", [0.7, 0.5], checkpoints=3), MadeUp("PosS-1", [0.7, 0.6], n=1, checkpoints=3)]
-    of = compute_results(MadeUpEvaluation(drafters).write(tmp_path))["temperatures"][0]
+    of = compute_results(MadeUpEvaluation(drafters).write(tmp_path))["decodings"][0]
     assert {each["n"] for each in of["comparisons"]} == {10}
     assert (of["pooled"]["HASS"]["questions"], of["pooled"]["HASS"]["texts"]) == (10, 30)
 
@@ -226,13 +226,13 @@ def test_of_several_runs_a_question_is_one_unit(tmp_path):
 def test_no_question_counts_twice_in_a_mean(tmp_path, sets, over, left_out):
     results = compute_results(MadeUpEvaluation([POSS], dict.fromkeys(sets, 2)).write(tmp_path))
     assert (results["mean_over"], results["mean_leaves_out"]) == (over, left_out)
-    assert list(results["temperatures"][0]["benchmarks"]) == list(sets)
-    assert results["temperatures"][0]["pooled"]["PosS-2"]["questions"] == 2 * len(over)
+    assert list(results["decodings"][0]["benchmarks"]) == list(sets)
+    assert results["decodings"][0]["pooled"]["PosS-2"]["questions"] == 2 * len(over)
 
 
 def test_categories_share_the_counts_of_their_set(tmp_path):
     made = MadeUpEvaluation([MadeUp("PosS-2", [0.7, 0.5])], {"own": 7}, categories=("short", "long", "long"))
-    (of,) = compute_results(made.write(tmp_path))["temperatures"]
+    (of,) = compute_results(made.write(tmp_path))["decodings"]
     by_category = of["categories"]["own"]
     assert {name: by_label["PosS-2"]["questions"] for name, by_label in by_category.items()} == {"long": 4, "short": 3}
     assert list(by_category) == ["long", "short"]  # the largest first
@@ -249,15 +249,15 @@ def test_categories_of_mt_bench_are_one(tmp_path):
     """As the papers and Spec-Bench report them; sets with one category, or none, have nothing to break down."""
     sets = {"mt_bench": 4, "spec_bench": 6}
     made = MadeUpEvaluation([MadeUp("PosS-2", [0.7])], sets, categories=("writing", "math", "rag"))
-    (of,) = compute_results(made.write(tmp_path / "a"))["temperatures"]
+    (of,) = compute_results(made.write(tmp_path / "a"))["decodings"]
     assert {name: list(found) for name, found in of["categories"].items()} == {
         "mt_bench": ["mt_bench", "rag"],
         "spec_bench": ["mt_bench", "rag"],
     }
     made = MadeUpEvaluation([MadeUp("PosS-2", [0.7])], sets, categories=("writing", "math"))
-    assert compute_results(made.write(tmp_path / "b"))["temperatures"][0]["categories"] == {}
+    assert compute_results(made.write(tmp_path / "b"))["decodings"][0]["categories"] == {}
     made = MadeUpEvaluation([MadeUp("PosS-2", [0.7])], {"own": 4}, categories=("",))
-    assert compute_results(made.write(tmp_path / "c"))["temperatures"][0]["categories"] == {}
+    assert compute_results(made.write(tmp_path / "c"))["decodings"][0]["categories"] == {}
 
 
 def test_which_process_wrote_what_changes_nothing(evaluation, results, tmp_path):
@@ -279,23 +279,73 @@ def test_an_interrupted_evaluation_has_results_that_say_so(evaluation, tmp_path)
     results = cut_short(
         tmp_path, evaluation, lambda r: r.benchmark == "mt_bench" and (r.drafter, r.question) != ("EAGLE", "5")
     )
-    of = results["temperatures"][0]
+    of = results["decodings"][0]
     assert results["missing"] == [
-        {"temperature": 0.0, "benchmark": "mt_bench", "drafter": "EAGLE", "questions": 5, "of": 6}
+        {"temperature": 0.0, "batch_size": 1, "benchmark": "mt_bench", "drafter": "EAGLE", "questions": 5, "of": 6}
     ]
     found = comparison_of(of["comparisons"], "PosS-2", "EAGLE", "tau")
     assert (found["n"], found["left_out"]) == (5, 1)
 
 
+def test_batch_sizes_are_results_of_their_own(tmp_path):
+    """Speed-up is over plain decoding of as many rows: made up so that a round of 4 costs 1.3 times a round of 1."""
+    lookup = MadeUp("prompt-lookup", [0.2], rho=1.2, kind="prompt-lookup")
+    evaluation = MadeUpEvaluation([lookup, POSS], temperatures=(0.0, 1.0), batch_sizes=(4, 1))
+    results = compute_results(evaluation.write(tmp_path))
+    decodings = results["decodings"]
+    assert [(of["temperature"], of["batch_size"]) for of in decodings] == [(0.0, 1), (0.0, 4), (1.0, 1), (1.0, 4)]
+    one, four, *_ = (of["pooled"]["PosS-2"] for of in decodings)
+    assert one["texts"] == four["texts"] == one["paired"]["texts"] == four["paired"]["texts"] == 10
+    assert four["rho"] / one["rho"] == pytest.approx(1.3, rel=0.05)
+    assert one["speed_up"] / four["speed_up"] == pytest.approx(1.3, rel=0.1)
+    apart = MadeUpEvaluation([lookup, POSS], batch_sizes=(4,)).write(tmp_path / "apart")
+    assert compute_results(apart)["decodings"] == [decodings[1]]
+    # transformers drafts for one row only: of more nothing is missing.
+    assert set(decodings[0]["pooled"]) == {"plain", "prompt-lookup", "PosS-2"}
+    assert set(decodings[1]["pooled"]) == {"plain", "PosS-2"}
+    assert results["missing"] == []
+
+
+def test_what_is_timed_varies_by_batch(tmp_path):
+    """Four questions a call share its time: of 8 questions there are 2 times, not 8."""
+    evaluation = MadeUpEvaluation([EAGLE, POSS], {"gsm8k": 8}, batch_sizes=(1, 4))
+    records = evaluation.records()
+    for record in records:
+        if record.batch_size == 4:
+            record.turns[0].seconds = (1 if record.drafter == "plain" else 2) * (1 + record.batch)
+            record.turns[0].token_ids = record.turns[0].token_ids[:20]
+    evaluation.write(tmp_path)
+    lines = [json.dumps(record.to_dict()) for record in records]
+    (tmp_path / "records-00000.jsonl").write_text("\n".join(lines) + "\n")
+    one, four = compute_results(tmp_path)["decodings"]
+    for of, timed in ((one, 8), (four, 2)):
+        found = {each["measure"]: (each["unit"], each["n"]) for each in of["comparisons"]}
+        assert found == {"tau": ("questions", 8), "speed-up": ("questions" if timed == 8 else "batches", timed)}
+        for figures in (of["pooled"]["PosS-2"], of["mean"]["PosS-2"], of["benchmarks"]["gsm8k"]["PosS-2"]):
+            assert (figures["questions"], figures["batches"]) == (8, timed)
+    # Twice as slow in each of the two batches: by batches nothing varies, whatever the number of questions.
+    assert four["pooled"]["PosS-2"]["intervals"]["speed_up"] == pytest.approx([0.5, 0.5])
+    low, high = four["pooled"]["PosS-2"]["intervals"]["tau"]
+    assert low < four["pooled"]["PosS-2"]["tau"] < high
+
+
+def test_what_a_batch_size_lacks_is_told(tmp_path):
+    evaluation = MadeUpEvaluation([POSS], {"gsm8k": 3}, batch_sizes=(1, 4))
+    results = cut_short(tmp_path, evaluation, lambda r: (r.batch_size, r.question, r.drafter) != (4, "2", "PosS-2"))
+    assert results["missing"] == [
+        {"temperature": 0.0, "batch_size": 4, "benchmark": "gsm8k", "drafter": "PosS-2", "questions": 2, "of": 3}
+    ]
+
+
 def test_without_plain_decoding_there_is_no_speed_up(evaluation, tmp_path):
-    of = cut_short(tmp_path, evaluation, lambda r: r.drafter != "plain")["temperatures"][0]
+    of = cut_short(tmp_path, evaluation, lambda r: r.drafter != "plain")["decodings"][0]
     assert of["pooled"]["PosS-2"]["speed_up"] is None and of["pooled"]["PosS-2"]["rho"] is None
     assert of["pooled"]["PosS-2"]["tau"] > 1
     assert {each["measure"] for each in of["comparisons"]} == {"tau"}
 
 
 def test_speed_is_of_the_texts_that_plain_decoding_wrote_too(evaluation, tmp_path):
-    of = cut_short(tmp_path, evaluation, lambda r: r.drafter != "plain" or r.question == "0")["temperatures"][0]
+    of = cut_short(tmp_path, evaluation, lambda r: r.drafter != "plain" or r.question == "0")["decodings"][0]
     paired = of["pooled"]["PosS-2"]["paired"]
     assert (paired["texts"], of["pooled"]["PosS-2"]["texts"]) == (4, 20)
     assert of["pooled"]["PosS-2"]["speed_up"] == pytest.approx(
@@ -304,14 +354,14 @@ def test_speed_is_of_the_texts_that_plain_decoding_wrote_too(evaluation, tmp_pat
 
 
 def test_a_drafter_that_lacks_a_set_has_no_mean(evaluation, tmp_path):
-    of = cut_short(tmp_path, evaluation, lambda r: (r.drafter, r.benchmark) != ("EAGLE", "gsm8k"))["temperatures"][0]
+    of = cut_short(tmp_path, evaluation, lambda r: (r.drafter, r.benchmark) != ("EAGLE", "gsm8k"))["decodings"][0]
     assert set(of["mean"]) == {"plain", "prompt-lookup", "PosS-2"}
     assert of["pooled"]["EAGLE"]["questions"] == 6
 
 
 def test_texts_of_one_token_have_no_rounds(tmp_path):
     evaluation = MadeUpEvaluation([POSS], {"gsm8k": 3}, tokens=2)
-    of = cut_short(tmp_path, evaluation, lambda r: True)["temperatures"][0]["pooled"]["PosS-2"]
+    of = cut_short(tmp_path, evaluation, lambda r: True)["decodings"][0]["pooled"]["PosS-2"]
     assert (of["texts"], of["tau"]) == (3, 1.0)
     for record in (records := evaluation.records()):
         turn = record.turns[0]
@@ -319,7 +369,7 @@ def test_texts_of_one_token_have_no_rounds(tmp_path):
         turn.pieces, turn.authors, turn.drafted, turn.reached, turn.accepted = [" a"], [0], [], [], []
     lines = [json.dumps(record.to_dict()) for record in records]
     (tmp_path / "records-00000.jsonl").write_text("\n".join(lines) + "\n")
-    of = compute_results(tmp_path)["temperatures"][0]
+    of = compute_results(tmp_path)["decodings"][0]
     assert of["pooled"]["PosS-2"]["tau"] is None and of["pooled"]["PosS-2"]["decoding_speed_up"] is None
     assert of["pooled"]["PosS-2"]["speed_up"] == 1.0
 

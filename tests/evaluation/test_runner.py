@@ -101,7 +101,7 @@ def conversation(target, tokenizer, turns: list[str], **arguments) -> Iterator[t
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_texts_prompts_and_counts_are_those_of_generate(run, folder, questions, target, poss, batch_size):
-    units = make_units([questions], [0.0], [0], batch_size)
+    units = make_units([questions], [0.0], [0], [batch_size])
     found = by_drafter(records_of(run, folder, units))
     ended = set()
     for question, turns in zip(questions.questions, TURNS, strict=True):
@@ -138,7 +138,7 @@ def test_shares_of_a_batch_add_up_to_its_call(run, folder, questions, monkeypatc
         return output, seconds
 
     monkeypatch.setattr(runner, "timed_generate", spy)
-    [unit] = make_units([questions], [0.0], [0], batch_size=4)
+    [unit] = make_units([questions], [0.0], [0], batch_sizes=[4])
     records = [record for record in records_of(run, folder, [unit]) if record.drafter == "plain"]
     whole = [call for call in calls[: len(calls) // 2] if call[2] == NEW_TOKENS]
     assert [call[0] for call in whole] == [4, 2, 1]
@@ -153,7 +153,7 @@ def test_shares_of_a_batch_add_up_to_its_call(run, folder, questions, monkeypatc
 def test_passes_of_a_batch_are_the_targets(run, folder, questions, target):
     seen = []
     hook = target.register_forward_pre_hook(lambda *_: seen.append(1))
-    [unit] = make_units([questions], [0.0], [0], batch_size=4)
+    [unit] = make_units([questions], [0.0], [0], batch_sizes=[4])
     run.drift, run.drafters = False, run.drafters[1:]
     first_turns = replace(unit, questions=tuple(replace_turns(question, 1) for question in unit.questions))
     try:
@@ -215,7 +215,7 @@ def test_sampled_runs_repeat_by_seed_and_draw_alike(run, tmp_path, questions):
 
 def test_units_are_batches_by_set_mode_and_seed(questions):
     other = QuestionSet("other", questions.questions[:1], "here")
-    units = make_units([questions, other], [0.0, 1.0], [5, 6], batch_size=3, breakdown_questions=2)
+    units = make_units([questions, other], [0.0, 1.0], [5, 6], batch_sizes=[3], breakdown_questions=2)
     assert [unit.number for unit in units] == list(range(len(units)))
     seen = [(unit.benchmark, len(unit.questions), unit.temperature, unit.seed, unit.is_broken_down) for unit in units]
     modes = [(0.0, 5), (1.0, 5), (1.0, 6)]  # seeds change nothing in greedy search
@@ -225,6 +225,30 @@ def test_units_are_batches_by_set_mode_and_seed(questions):
         for temperature, seed in modes
         for rows, first in sizes
     ]
+
+
+def test_units_have_every_batch_size(questions):
+    units = make_units([questions], [0.0], [0], [1, 3])
+    assert [(unit.batch_size, len(unit.questions)) for unit in units] == [*[(1, 1)] * 4, (3, 3), (3, 1)]
+    keys = {unit.key(question, "plain", 0) for unit in units for question in unit.questions}
+    assert len(keys) == 8  # a question has a record of each
+
+
+def test_batch_sizes_have_records_of_their_own_and_transformers_drafts_for_one_row(run, folder, questions, target):
+    run.drafters = [*run.drafters, prompt_lookup_drafter(3)]
+    units = make_units([questions], [0.0], [0], [1, 3])
+    records = records_of(run, folder, units)
+    found = {size: by_drafter(of for of in records if of.batch_size == size) for size in (1, 3)}
+    assert set(found[1]) == {"plain", "poss", "prompt-lookup"} and set(found[3]) == {"plain", "poss"}
+    for drafter in ("plain", "poss"):
+        for question in questions.questions:
+            one, three = (found[size][drafter][question.id].turns for size in (1, 3))
+            assert [turn.token_ids for turn in one] == [turn.token_ids for turn in three]
+    assert {turn.rows for of in found[1].values() for record in of.values() for turn in record.turns} == {1}
+    assert [found[3]["poss"][question.id].turns[0].rows for question in questions.questions] == [3, 3, 3, 1]
+    finished = {record.key for record in records}
+    assert [run.missing(unit, finished) for unit in units] == [[]] * len(units)
+    assert len(list(run.warm_up(units))) == 3 + 2
 
 
 def test_parts_are_of_the_first_questions_and_of_specialists(run, folder, questions):
@@ -254,7 +278,7 @@ def test_drift_is_that_of_the_answer_and_of_greedy_runs(run, folder, questions, 
 
 
 def test_only_what_is_missing_runs(run, folder, questions):
-    units = make_units([questions], [0.0], [0], batch_size=2)
+    units = make_units([questions], [0.0], [0], batch_sizes=[2])
     everything = records_of(run, folder, units)
     lost = {everything[1].key, everything[-1].key}
     finished = {record.key for record in everything} - lost
@@ -315,7 +339,7 @@ def test_stop_strings_end_rows_of_a_batch(folder):
         NEW_TOKENS, ends, padding_token(tokenizer, ends, len(tokenizer)), {"stop_strings": ["("]}
     )
     run = EvaluationRun(target, tokenizer, drafters, dialogue_maker(tokenizer, False), decoding, drift=False)
-    found = by_drafter(records_of(run, folder, make_units([QuestionSet("code", questions, "here")], [0.0], [0], 3)))
+    found = by_drafter(records_of(run, folder, make_units([QuestionSet("code", questions, "here")], [0.0], [0], [3])))
     lengths = set()
     for index, text in enumerate(texts):
         inputs = tokenizer(text, return_tensors="pt")

@@ -44,7 +44,7 @@ def test_there_is_a_block_a_temperature_and_a_column_a_set(results):
 
 def test_cells_are_the_results(results):
     row = cells(paper_table(results))["EAGLE"]
-    of = results["temperatures"][0]
+    of = results["decodings"][0]
     figures = [of["benchmarks"]["mt_bench"]["EAGLE"], of["benchmarks"]["gsm8k"]["EAGLE"], of["mean"]["EAGLE"]]
     assert row == [text for each in figures for text in (f"{each['tau_macro']:.2f}", f"{each['speed_up']:.2f}x")]
 
@@ -68,7 +68,7 @@ def test_a_lead_by_chance_has_no_star(tmp_path):
 
 def test_seeds_have_mean_and_deviation(tmp_path):
     results = results_of(tmp_path, MadeUp("HASS", [0.7, 0.5], checkpoints=3), WEAK)
-    runs = results["temperatures"][0]["benchmarks"]["gsm8k"]["HASS"]["runs"]
+    runs = results["decodings"][0]["benchmarks"]["gsm8k"]["HASS"]["runs"]
     text = paper_table(results)
     shown = cells(text)["HASS"][2].strip("*\\")
     assert shown == f"{runs['mean']['tau_macro']:.2f} ± {runs['deviation']['tau_macro']:.2f}"
@@ -88,7 +88,7 @@ def test_notes_name_what_the_mean_leaves_out_and_what_is_missing(tmp_path):
 def test_a_set_with_categories_has_a_table_of_them(tmp_path):
     made = MadeUpEvaluation([WEAK, GOOD], {"gsm8k": 4, "spec_bench": 6}, categories=("rag", "qa"))
     results = compute_results(made.write(tmp_path))
-    of = results["temperatures"][0]["categories"]["spec_bench"]
+    of = results["decodings"][0]["categories"]["spec_bench"]
     titles = [table.title for table in results_tables(results)]
     assert titles == [
         "Temperature 0",
@@ -118,14 +118,14 @@ def test_names_cannot_break_the_table(tmp_path):
 
 
 def test_a_comparison_is_found_whichever_way_round(results):
-    comparisons = results["temperatures"][0]["comparisons"]
+    comparisons = results["decodings"][0]["comparisons"]
     one = comparison_of(comparisons, "EAGLE", "PosS-2", "tau")
     assert one is not None and one is comparison_of(comparisons, "PosS-2", "EAGLE", "tau")
     assert comparison_of(comparisons, "PosS-2", "nobody", "tau") is None
 
 
 def test_the_headline_follows_from_the_numbers(results):
-    of = results["temperatures"][0]
+    of = results["decodings"][0]
     sentence = headline(results)
     assert sentence.startswith(
         f"PosS-2 decodes {of['mean']['PosS-2']['speed_up']:.2f}x as fast as plain decoding at temperature 0 (95% "
@@ -142,12 +142,58 @@ def test_the_headline_says_when_nobody_wins(tmp_path):
 
 def test_the_headline_says_when_drafting_may_not_pay(tmp_path):
     results = results_of(tmp_path, MadeUp("even", [0.5, 0.1], rho=1.55), sets={"gsm8k": 5})
-    assert results["temperatures"][0]["pooled"]["even"]["speed_up"] == pytest.approx(1, abs=0.12)
+    assert results["decodings"][0]["pooled"]["even"]["speed_up"] == pytest.approx(1, abs=0.12)
     assert "not significant" in headline(results) or headline(results).startswith("No drafter is faster")
 
 
 def test_the_headline_says_when_questions_are_too_few(tmp_path):
     assert "too few questions for a test" in headline(results_of(tmp_path, GOOD, sets={"gsm8k": 1}))
+
+
+def test_batch_sizes_are_set_side_by_side(tmp_path):
+    results = results_of(tmp_path, GOOD, WEAK, batch_sizes=(1, 4))
+    *apart, across = results_tables(results)
+    assert [table.title for table in apart] == ["Temperature 0, batch size 1", "Temperature 0, batch size 4"]
+    assert across.title == "By batch size, temperature 0" and across.columns == ["batch size 1", "batch size 4"]
+    for index, of in enumerate(results["decodings"]):
+        for label, figures in of["mean"].items():
+            tau, speed = across.rows[label][index]
+            assert (tau.text, speed.text) == (f"{figures['tau_macro']:.2f}", f"{figures['speed_up']:.2f}x")
+    assert "By batch size" in paper_table(results) and not any("one row a call" in note for note in across.notes)
+    assert any("tests of speed-up are over batches (mt_bench 2, gsm8k 1)" in of for of in apart[1].notes)
+    assert not any("batches" in note for note in apart[0].notes)
+    sentence = headline(results)
+    best = results["decodings"][1]["mean"]["PosS-2"]["speed_up"]
+    assert "at temperature 0, batch size 1 (" in sentence
+    assert f"at batch size 4 PosS-2 is the fastest with {best:.2f}x" in sentence
+    assert identity_sentence(results).startswith("All 40 texts")
+
+
+def test_who_decodes_one_row_only_is_told(tmp_path):
+    lookup = MadeUp("prompt-lookup", [0.2], kind="prompt-lookup")
+    across = results_tables(results_of(tmp_path, lookup, GOOD, batch_sizes=(1, 4)))[-1]
+    assert [tau.text for tau, _ in across.rows["prompt-lookup"]][1] == "–"
+    assert across.notes[-1] == "transformers runs prompt-lookup with one row a call only."
+
+
+def test_one_batch_size_is_not_told_in_titles(results):
+    assert not any("batch size" in table.title for table in results_tables(results))
+    assert "batch size" not in headline(results)
+
+
+def test_a_gain_at_another_batch_size_that_is_not_significant_is_called_so(tmp_path):
+    even = MadeUp("even", [0.6, 0.4], rho=1.0)
+    results = results_of(tmp_path, even, sets={"gsm8k": 1}, batch_sizes=(1, 2))
+    assert "at batch size 2 even is the fastest with" in headline(results)
+    assert "not significantly faster than plain decoding" in headline(results)
+
+
+def test_batch_sizes_at_which_drafts_do_not_pay_are_told(tmp_path):
+    results = results_of(tmp_path, SLOW, batch_sizes=(1, 4))
+    speed = results["decodings"][1]["mean"]["slow"]["speed_up"]
+    assert f"at batch size 4 no drafter is faster than plain decoding: the best, slow, reaches {speed:.2f}x." in (
+        headline(results)
+    )
 
 
 def test_the_headline_without_drafters(tmp_path):
@@ -163,7 +209,7 @@ def test_identity_is_told(results, tmp_path):
 
 def test_texts_that_differ_are_told(tmp_path):
     results = results_of(tmp_path, GOOD, WEAK)
-    results["temperatures"][0]["pooled"]["EAGLE"]["identical"]["texts"] -= 3
+    results["decodings"][0]["pooled"]["EAGLE"]["identical"]["texts"] -= 3
     results["evaluation"]["target"]["dtype"] = "bfloat16"
     sentence = identity_sentence(results)
     assert sentence.startswith("Of 20 texts of greedy search, these differ from plain decoding's: EAGLE 3 of 10.")

@@ -337,7 +337,7 @@ def cells(table: str) -> list[list[str]]:
 def test_speed_is_that_of_the_evaluation(study, tmp_path):
     drafters = [MadeUp("HASS", [0.6, 0.3], checkpoints=3), MadeUp("PosS-2", [0.9, 0.9], checkpoints=3)]
     results = compute_results(MadeUpEvaluation(drafters, {"python": 8}).write(tmp_path))
-    figures = results["temperatures"][0]["benchmarks"]["python"]
+    figures = results["decodings"][0]["benchmarks"]["python"]
     plain, hass, poss = cells(study.costs.speed_table(results))
     assert plain[:6] == ["plain", "8", "1", "1.00", "1.00", "1.00x"]
     runs = figures["PosS-2"]["runs"]
@@ -347,9 +347,7 @@ def test_speed_is_that_of_the_evaluation(study, tmp_path):
 
     pairs = [("PosS-2", "HASS"), ("HASS", "nobody")]
     (row,) = cells(study.costs.speed_comparisons(results, pairs))
-    (wanted,) = (
-        of for of in results["temperatures"][0]["comparisons_over_checkpoints"] if of["measure"] == "speed-up"
-    )
+    (wanted,) = (of for of in results["decodings"][0]["comparisons_over_checkpoints"] if of["measure"] == "speed-up")
     # Student's interval of three differences, t = 4.303, from their mean and mean over deviation.
     half = 4.303 * wanted["difference"] / wanted["effect_size"] / 3**0.5
     assert row[2] == f"{wanted['difference'] - half:+.3f} to {wanted['difference'] + half:+.3f}"

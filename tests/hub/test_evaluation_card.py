@@ -113,13 +113,24 @@ def test_a_card_tells_tau_and_speed_up_by_prompts_and_temperature(folder, evalua
     assert "| pos-acc (evaluation, temperature 0, 10 questions) |" in text
 
 
+def test_a_card_of_several_batch_sizes_is_of_the_smallest(folder, tmp_path):
+    alone = evaluation(tmp_path / "alone", (POSS, [0]), batch_sizes=(2,))
+    several = evaluation(tmp_path / "several", (POSS, [0]), batch_sizes=(4, 2))
+    texts = []
+    for path in (alone, several):
+        main(["card", str(folder), "--evaluation", str(path)])
+        texts.append(ModelCard.load(folder / "README.md").text)
+    assert texts[0] == texts[1]
+    assert "batch size 2" in texts[0] and "2 questions share a call and its time" in texts[0]
+
+
 def test_a_card_tells_what_was_lost(folder, evaluated):
     """A drafter slower than plain decoding: every comparison that it took part in stands there."""
     main(["card", str(folder), "--evaluation", str(evaluated / "results.json")])
     text = ModelCard.load(folder / "README.md").text
     sentences = {
         entry["sentence"]
-        for of in json.loads((evaluated / "results.json").read_text())["temperatures"]
+        for of in json.loads((evaluated / "results.json").read_text())["decodings"]
         for entry in of["comparisons"]
         if "PosS-2" in (entry["a"], entry["b"])
     }

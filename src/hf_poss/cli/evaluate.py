@@ -67,7 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decoding.add_argument("--depth", type=draft_size, help="draft positions a round, or auto (default: the drafter's)")
     decoding.add_argument("--top_k", type=int, help="branches a node; 1 is a chain")
     decoding.add_argument("--total_tokens", type=draft_size, help="nodes verified a round, or auto")
-    decoding.add_argument("--batch_size", type=int, default=1, help="questions a call (default: %(default)s)")
+    decoding.add_argument(
+        "--batch_sizes",
+        "--batch_size",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="questions a call, one or several numbers (default: 1)",
+    )
     decoding.add_argument(
         "--cache_implementation", choices=("dynamic", "static"), help="static: fixed shapes, compiled on a GPU"
     )
@@ -109,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     evaluation = _evaluation(args, specs, knobs, begin, room)
     if processes.is_main_process:
         folder.begin(_about(args, settings, evaluation, processes.num_processes))
-    units = make_units(sets, args.temperature, args.seeds, args.batch_size, args.breakdown_questions)
+    units = make_units(sets, args.temperature, args.seeds, args.batch_sizes, args.breakdown_questions)
     finished = {record.key for record in folder.records()}
     missing = [unit for unit in units if evaluation.missing(unit, finished)]
     processes.wait_for_everyone()  # all deal out the same units, before any of them is done
@@ -152,15 +160,15 @@ def _check(args: argparse.Namespace) -> tuple[list, dict[str, Any]]:
         raise ValueError("Nothing drafts for `--target`: name specialists with `--poss NAME=PATH`, or `--baselines`.")
     if ASSISTANT in args.baselines and not args.assistant:
         raise ValueError("`--baselines assistant` needs a smaller language model: pass `--assistant`.")
-    if args.baselines and (args.batch_size > 1 or args.cache_implementation == "static"):
-        option = "--batch_size 1" if args.batch_size > 1 else "dynamic caches"
+    if args.baselines and (1 not in args.batch_sizes or args.cache_implementation == "static"):
+        option = "--batch_sizes 1" if 1 not in args.batch_sizes else "dynamic caches"
         raise ValueError(
             f"transformers runs {' and '.join(args.baselines)} with {option} only. Leave `--baselines` and "
             "`--assistant` out, or evaluate them to a folder of their own."
         )
     if args.max_new_tokens is None:
         args.max_new_tokens = _DEMO_NEW_TOKENS if args.demo else _MAX_NEW_TOKENS
-    least = {"max_new_tokens": 2, "batch_size": 1, "limit": 1, "prompt_lookup_num_tokens": 1, "breakdown_questions": 0}
+    least = {"max_new_tokens": 2, "limit": 1, "prompt_lookup_num_tokens": 1, "breakdown_questions": 0}
     least |= {"top_k": 1, "depth": 1, "total_tokens": 2}
     for name, value in least.items():
         given = getattr(args, name)
@@ -169,7 +177,10 @@ def _check(args: argparse.Namespace) -> tuple[list, dict[str, Any]]:
     for temperature in args.temperature:
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"`--temperature {temperature}`; expected 0 (greedy) or more.")
-    for name in ("temperature", "seeds"):
+    for size in args.batch_sizes:
+        if size < 1:
+            raise ValueError(f"`--batch_sizes {size}`; expected 1 or more.")
+    for name in ("temperature", "seeds", "batch_sizes"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     knobs = parse_knobs(args.generate)
     for path in [path for spec in specs for path in spec.checkpoints] + ([args.assistant] if args.assistant else []):
@@ -246,7 +257,7 @@ def _settings(
         "benchmarks": [questions.about() for questions in sets],
         "temperatures": args.temperature,
         "seeds": args.seeds,
-        "batch_size": args.batch_size,
+        "batch_sizes": args.batch_sizes,
         "max_new_tokens": args.max_new_tokens,
         "chat": chat,
         "chat_template": hashlib.sha256(template).hexdigest()[:16] if chat else None,
@@ -334,7 +345,8 @@ def _run_units(evaluation: Any, units: Sequence, finished: set, folder: Any, pro
         for name in evaluation.warm_up(units):
             bar.set_postfix_str(name)
         for unit in units:
-            bar.set_description(f"{unit.benchmark}, temperature {unit.temperature:g}")
+            rows = f", batch size {unit.batch_size}" if unit.batch_size > 1 else ""
+            bar.set_description(f"{unit.benchmark}, temperature {unit.temperature:g}{rows}")
             for name in evaluation.run(unit, output, finished):
                 bar.set_postfix_str(name, refresh=False)
                 bar.update()

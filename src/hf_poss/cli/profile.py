@@ -277,7 +277,7 @@ def _acceptance(args: argparse.Namespace, plan: "Plan", pair: "LoadedPair", toke
     from ..evaluation.prompts import batches, read_prompts
 
     if args.results:
-        pooled = json.loads(Path(args.results).read_text())["temperatures"][0]["pooled"]
+        pooled = json.loads(Path(args.results).read_text())["decodings"][0]["pooled"]
         missing = [name for name in plan.drafters if not pooled.get(name, {}).get("pos_acc")]
         if missing:
             raise ValueError(

@@ -49,7 +49,8 @@ class AuthoredText:
 
 
 def authored_texts(folder: str | os.PathLike, about: Mapping[str, Any]) -> list[AuthoredText]:
-    """Of each prompt set one question, as each drafter of specialists answered it at the lowest temperature.
+    """Of each prompt set one question, as each drafter of specialists answered it at the lowest temperature and
+    batch size.
 
     Args:
         folder: of the evaluation.
@@ -61,11 +62,13 @@ def authored_texts(folder: str | os.PathLike, about: Mapping[str, Any]) -> list[
         if drafter["kind"] == "poss"
     }
     records = [pair.record for pair in paired_records(folder) if pair.record.drafter in sizes]
-    lowest = min((record.temperature for record in records), default=None)
+    lowest = min(((record.temperature, record.batch_size) for record in records), default=None)
     questions: dict[str, str] = {}
     chosen: dict[tuple[str, str], QuestionRecord] = {}
     for record in records:
-        if record.temperature == lowest and record.question == questions.setdefault(record.benchmark, record.question):
+        if (record.temperature, record.batch_size) != lowest:
+            continue
+        if record.question == questions.setdefault(record.benchmark, record.question):
             chosen.setdefault((record.benchmark, record.drafter), record)
     return [
         text

@@ -26,6 +26,7 @@ __all__ = [
     "plain_drafter",
     "prompt_lookup_drafter",
     "specialists_drafter",
+    "takes_batches",
     "weights_digest",
 ]
 
@@ -46,6 +47,11 @@ class DrafterSpec:
 
     name: str
     checkpoints: tuple[str, ...]
+
+
+def takes_batches(kind: str) -> bool:
+    """Whether what is of a kind, see [`Drafter`], decodes several rows: transformers drafts for one only."""
+    return kind not in BASELINES
 
 
 def parse_drafters(values: Iterable[str]) -> list[DrafterSpec]:

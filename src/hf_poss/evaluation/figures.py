@@ -7,11 +7,11 @@ the same results give the same bytes.
 import io
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .tables import MEAN, shown_ratio, temperature_text
+from .tables import MEAN, batch_sizes, main_figures, shown_ratio, temperature_text
 
 
 if TYPE_CHECKING:
@@ -152,14 +152,21 @@ def _saved(figure: "Figure", form: str, **options: Any) -> bytes:
 def _figures(results: Mapping[str, Any]) -> Iterator[ReportFigure]:
     labels = [drafter["name"] for drafter in results["evaluation"]["drafters"]]
     styles = {label: index for index, label in enumerate(label for label in labels if label != "plain")}
-    several = len(results["temperatures"]) > 1
-    for of in results["temperatures"]:
-        suffix = f"_t{temperature_text(of['temperature'])}" if several else ""
-        at = f", temperature {temperature_text(of['temperature'])}" if several else ""
-        for draw in (_tau, _speed_up, _pos_acc, _specialists, _drift, _round):
-            drawn = draw(results, of, styles)
-            if drawn is not None:
-                yield ReportFigure(f"{drawn.name}{suffix}", f"{drawn.title}{at}", drawn.reading, drawn.figure)
+    temperatures = list(dict.fromkeys(of["temperature"] for of in results["decodings"]))
+    drawn = [
+        (draw(results, of, styles), of["temperature"], of["batch_size"])
+        for of in results["decodings"]
+        for draw in (_tau, _speed_up, _pos_acc, _specialists, _drift, _round)
+    ]
+    drawn += [(_by_batch_size(results, temperature, styles), temperature, None) for temperature in temperatures]
+    for figure, temperature, batch_size in drawn:
+        if figure is not None:
+            suffix, at = "", ""
+            if len(temperatures) > 1:
+                suffix, at = f"_t{temperature_text(temperature)}", f", temperature {temperature_text(temperature)}"
+            if batch_size is not None and len(batch_sizes(results)) > 1:
+                suffix, at = f"{suffix}_b{batch_size}", f"{at}, batch size {batch_size}"
+            yield replace(figure, name=f"{figure.name}{suffix}", title=f"{figure.title}{at}")
 
 
 def _tau(results, of, styles) -> ReportFigure | None:
@@ -205,7 +212,8 @@ def _bars(of, styles, name, ratio, title, axis, form, line) -> ReportFigure | No
     last = list(groups)[-1]
     ranked = sorted((value, label) for (group, label), (value, _) in values.items() if group == last)
     where = "in the mean over sets" if last == MEAN else f"on {last}"
-    reading = "Lines are 95% intervals over questions."
+    unit = "batches" if ratio == "speed_up" and of["batch_size"] > 1 else "questions"
+    reading = f"Lines are 95% intervals over {unit}."
     if len(ranked) == 1:
         reading = f"{ranked[0][1]} has {form.format(ranked[0][0])} {where}. {reading}"
     elif ranked:
@@ -380,6 +388,41 @@ def _round(results, of, styles) -> ReportFigure | None:
     texts = sum(parts["texts"] for parts in splits.values())
     reading = f"What takes longest: {largest}. Timed part by part on {texts:,} texts, in runs apart."
     return ReportFigure("round", "Where the time of a round goes", reading, figure)
+
+
+def _by_batch_size(results, temperature, styles) -> ReportFigure | None:
+    """Speed-up, a line for each drafter that has several batch sizes."""
+    curves: dict[str, dict[int, tuple[float, Sequence[float] | None]]] = {}
+    for of in results["decodings"]:
+        for label, figures in main_figures(of).items() if of["temperature"] == temperature else ():
+            speed = shown_ratio(figures, "speed_up")
+            if label in styles and speed is not None:
+                interval = (figures["intervals"] or {}).get("speed_up")
+                curves.setdefault(label, {})[of["batch_size"]] = speed, interval
+    curves = {label: curve for label, curve in curves.items() if len(curve) > 1}
+    if not curves:
+        return None
+    sizes = batch_sizes(results)
+    figure, axes = _new(3.2 + _legend_height(curves))
+    for label, curve in curves.items():
+        places = [sizes.index(size) for size in curve]
+        axes.plot(places, [speed for speed, _ in curve.values()], label=label, **_line_style(styles[label]))
+        intervals = [interval for _, interval in curve.values()]
+        if None not in intervals:
+            color = _SERIES[styles[label] % len(_SERIES)]
+            axes.fill_between(places, *zip(*intervals, strict=True), color=color, alpha=0.13, linewidth=0)
+    axes.axhline(1, color=COLORS["ink"], linewidth=1, linestyle=_DASHES[1])
+    axes.set(xlabel="batch size", ylabel="speed-up")
+    axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    axes.grid(axis="y")
+    _legend(figure, axes)
+    speeds = {label: [speed for speed, _ in curve.values()] for label, curve in curves.items()}
+    ends = ", ".join(f"{label} {of_label[0]:.2f}x to {of_label[-1]:.2f}x" for label, of_label in speeds.items())
+    reading = (
+        f"Over plain decoding of as many rows, from the smallest batch to the largest: {ends}. Bands are 95% "
+        "intervals over batches of questions."
+    )
+    return ReportFigure("batch_size", "Speed-up by batch size", reading, figure)
 
 
 def _shares(parts: Mapping[str, Any]) -> dict[str, float]:

@@ -3,25 +3,26 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .tables import comparison_of, shown_ratio, temperature_text
+from .tables import batch_sizes, comparison_of, decoding_text, main_figures, shown_ratio
 
 
 __all__ = ["headline", "identity_sentence"]
 
 
 def headline(results: Mapping[str, Any]) -> str:
-    """The fastest way to draft at the lowest temperature, against plain decoding and the runner-up; who accepts most;
-    who loses. What is not significant is called so."""
-    of = results["temperatures"][0]
+    """The fastest way to draft at the lowest temperature and batch size, against plain decoding and the runner-up; who
+    accepts most; who loses; the fastest at other batch sizes. What is not significant is called so."""
+    of = results["decodings"][0]
     plain = next((each["name"] for each in results["evaluation"]["drafters"] if each["kind"] == "plain"), None)
-    figures = of["mean"] if any(label != plain for label in of["mean"]) else of["pooled"]
+    figures = main_figures(of)
     speeds = _ranked(figures, "speed_up", plain)
     if not speeds:
         return "No drafter was timed beside plain decoding: there is no speed-up to report."
-    at = f"at temperature {temperature_text(of['temperature'])}"
+    at = f"at {decoding_text(results, of)}"
     best = next(iter(speeds))
     interval = figures[best]["intervals"]["speed_up"]
-    facts = [f"n = {figures[best]['questions']} questions"]
+    unit = "questions" if of["batch_size"] == 1 else "batches"
+    facts = [f"n = {figures[best][unit]} {unit}"]
     if interval is not None:
         facts.insert(0, f"95% interval {interval[0]:.2f} to {interval[1]:.2f}")
     against_plain = comparison_of(of["comparisons"], best, plain, "speed-up")
@@ -41,17 +42,38 @@ def headline(results: Mapping[str, Any]) -> str:
     slower = [f"{label} ({speed:.2f}x)" for label, speed in speeds.items() if speed < 1 and label != best]
     if slower and speeds[best] > 1:
         parts.append(f"{_listed(slower)} {'is' if len(slower) == 1 else 'are'} slower than plain decoding")
+    parts += _at_other_batch_sizes(results, plain)
     return f"{'; '.join(parts)}."
+
+
+def _at_other_batch_sizes(results: Mapping[str, Any], plain: str | None) -> list[str]:
+    """The fastest drafter of each batch size but the first, at the lowest temperature."""
+    parts = []
+    for of in results["decodings"]:
+        if of["temperature"] != results["decodings"][0]["temperature"] or of["batch_size"] == batch_sizes(results)[0]:
+            continue
+        speeds = _ranked(main_figures(of), "speed_up", plain)
+        if speeds:
+            best, speed = next(iter(speeds.items()))
+            at = f"at batch size {of['batch_size']}"
+            if speed <= 1:
+                parts.append(f"{at} no drafter is faster than plain decoding: the best, {best}, reaches {speed:.2f}x")
+                continue
+            against_plain = comparison_of(of["comparisons"], best, plain, "speed-up")
+            doubt = "" if _favours(against_plain, best) else ", not significantly faster than plain decoding"
+            parts.append(f"{at} {best} is the fastest with {speed:.2f}x{doubt}")
+    return parts
 
 
 def identity_sentence(results: Mapping[str, Any]) -> str | None:
     """How many texts of greedy search are those of plain decoding; None where none was compared."""
-    counts = {
-        label: figures["identical"]
-        for of in results["temperatures"]
-        for label, figures in of["pooled"].items()
-        if of["temperature"] == 0 and figures["identical"] and _kind(results, label) != "plain"
-    }
+    counts: dict[str, dict[str, int]] = {}
+    for of in results["decodings"]:
+        for label, figures in of["pooled"].items():
+            if of["temperature"] == 0 and figures["identical"] and _kind(results, label) != "plain":
+                count = counts.setdefault(label, {"texts": 0, "of": 0})
+                for name in count:
+                    count[name] += figures["identical"][name]
     of = sum(count["of"] for count in counts.values())
     if not of:
         return None

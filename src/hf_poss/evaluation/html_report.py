@@ -11,7 +11,7 @@ from ..training.settings import write_json
 from .authored_texts import AuthoredText, authored_texts
 from .headline import headline, identity_sentence
 from .results import compute_results
-from .tables import paper_table, results_tables, temperature_text
+from .tables import batch_sizes, decoding_text, paper_table, results_tables, temperature_text
 
 
 __all__ = ["check_packages", "report_page", "write_report"]
@@ -103,9 +103,9 @@ def report_page(
         facts=_facts(about),
         tables=results_tables(results),
         figures=[(drawn, Markup(inline_svg(drawn))) for drawn in figures],
-        temperatures=results["temperatures"],
+        decodings=[(decoding_text(results, of), of) for of in results["decodings"]],
         mean_over=results["mean_over"],
-        temperature_text=temperature_text,
+        batched=batch_sizes(results)[-1] > 1,
         single_checkpoint=all(len(each["checkpoints"]) < 2 for each in about["drafters"]),
         texts=texts,
         specialists=specialists + 1,

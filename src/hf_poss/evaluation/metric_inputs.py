@@ -58,7 +58,8 @@ def record_inputs(
         of plain decoding, their names with `plain_` before them.
 
     Raises:
-        ValueError: if plain decoding did not answer all turns of a question at the same temperature and seed.
+        ValueError: if plain decoding did not answer all turns of a question at the same temperature,
+            seed and batch size.
     """
     records = list(records)
     turns = [turn for record in records for turn in record.turns]
@@ -80,7 +81,7 @@ def record_inputs(
 
 
 def _question(record: "QuestionRecord") -> tuple[str, str, float, int]:
-    return record.benchmark, record.question, record.temperature, record.seed
+    return record.benchmark, record.question, record.temperature, record.seed, record.batch_size
 
 
 def _columns(turns: Sequence["TurnRecord"], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -83,6 +83,8 @@ class QuestionRecord:
         checkpoint: index among the label's checkpoints; several are training seeds of one method.
         temperature: 0 for greedy search.
         seed: of the draws.
+        batch_size: questions that share a call; the last call of a set may have fewer, see `TurnRecord.rows`.
+        batch: index of these questions' calls in the set: with `batch_size` 2 the third question is in batch 1.
         turns: one answer each.
     """
 
@@ -93,10 +95,12 @@ class QuestionRecord:
     checkpoint: int
     temperature: float
     seed: int
+    batch_size: int
+    batch: int
     turns: list[TurnRecord]
 
     @property
-    def key(self) -> tuple[str, str, str, str, int, float, int]:
+    def key(self) -> tuple[str, str, str, str, int, float, int, int]:
         """What tells this record from all others of the evaluation."""
         return (
             self.benchmark,
@@ -106,6 +110,7 @@ class QuestionRecord:
             self.checkpoint,
             self.temperature,
             self.seed,
+            self.batch_size,
         )
 
     def to_dict(self) -> dict[str, Any]:

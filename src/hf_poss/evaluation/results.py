@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .drafters import takes_batches
 from .records import EvaluationFolder, QuestionRecord
 from .significance import Comparison, compare, corrected
-from .tallies import PairedRecord, mean_over, question_values, tally
+from .tallies import PairedRecord, mean_over, question_values, tally, unit_of
 
 
 __all__ = ["COMPARED", "compute_results", "paired_records"]
@@ -23,7 +24,8 @@ _MT_BENCH_CATEGORIES = frozenset(
     ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 )
 
-_Cells = dict[tuple[float, str, str], list[PairedRecord]]
+_Decoding = tuple[float, int]  # temperature and batch size
+_Cells = dict[tuple[_Decoding, str, str], list[PairedRecord]]
 
 
 def paired_records(folder: str | os.PathLike) -> list[PairedRecord]:
@@ -42,10 +44,10 @@ def compute_results(folder: str | os.PathLike) -> dict[str, Any]:
         folder: that `hf-poss evaluate` wrote.
 
     Returns:
-        `evaluation`, what was run; `missing`, the questions without a record by temperature, set and drafter;
-        `mean_over`, the sets that means are over; and `temperatures`, one entry each: `benchmarks` by set and drafter,
-        `categories` by set, category and drafter, of sets that have several, and `pooled` by drafter hold what
-        [`~hf_poss.evaluation.tallies.tally`] counts, `mean` by drafter what
+        `evaluation`, what was run; `missing`, the questions without a record by temperature, batch size, set and
+        drafter; `mean_over`, the sets that means are over; and `decodings`, an entry a temperature and batch size, the
+        lowest first: `benchmarks` by set and drafter, `categories` by set, category and drafter, of sets that have
+        several, and `pooled` by drafter hold what [`~hf_poss.evaluation.tallies.tally`] counts, `mean` by drafter what
         [`~hf_poss.evaluation.tallies.mean_over`] gives, and `comparisons` all pairs of drafters over the questions
         of these sets, `comparisons_by_benchmark` over those of each set, `comparisons_over_checkpoints` over
         training seeds. A list of comparisons of one measure is one family for Holm's correction, and so are those of
@@ -64,22 +66,23 @@ def compute_results(folder: str | os.PathLike) -> dict[str, Any]:
     cells: _Cells = {}
     for pair in pairs:
         record = pair.record
-        cells.setdefault((record.temperature, record.benchmark, record.drafter), []).append(pair)
-    temperatures = sorted({temperature for temperature, _, _ in cells})
+        decoding = record.temperature, record.batch_size
+        cells.setdefault((decoding, record.benchmark, record.drafter), []).append(pair)
+    decodings = sorted({decoding for decoding, _, _ in cells})
     found = {benchmark for _, benchmark, _ in cells}
     sets = [name for name in _named(about["benchmarks"], found) if name in found]
     over = _mean_sets(sets)
     return {
         "evaluation": about,
-        "missing": _missing(about, cells, sets, temperatures),
+        "missing": _missing(about, cells, sets, decodings),
         "mean_over": over,
         "mean_leaves_out": [name for name in sets if name not in over],
-        "temperatures": [_at_temperature(about, cells, temperature, sets, over) for temperature in temperatures],
+        "decodings": [_of_decoding(about, cells, decoding, sets, over) for decoding in decodings],
     }
 
 
-def _at_temperature(
-    about: Mapping[str, Any], cells: _Cells, temperature: float, sets: Sequence[str], over: Sequence[str]
+def _of_decoding(
+    about: Mapping[str, Any], cells: _Cells, decoding: _Decoding, sets: Sequence[str], over: Sequence[str]
 ) -> dict[str, Any]:
     labels = _named(about["drafters"], {label for _, _, label in cells})
     sizes = {
@@ -89,7 +92,7 @@ def _at_temperature(
 
     def present(names: Iterable[str]) -> dict[str, dict[str, list[PairedRecord]]]:  # by drafter and set
         by_label = {
-            label: {name: cells[temperature, name, label] for name in names if (temperature, name, label) in cells}
+            label: {name: cells[decoding, name, label] for name in names if (decoding, name, label) in cells}
             for label in labels
         }
         return {label: by_set for label, by_set in by_label.items() if by_set}
@@ -102,7 +105,8 @@ def _at_temperature(
         return {label: tally(pairs, *sizes.get(label, ())) for label, pairs in by_label.items()}
 
     return {
-        "temperature": temperature,
+        "temperature": decoding[0],
+        "batch_size": decoding[1],
         "benchmarks": {name: tallies(by_label) for name, by_label in by_benchmark.items()},
         "categories": {
             name: {category: tallies(of_category) for category, of_category in by_category.items()}
@@ -143,17 +147,22 @@ def _mean_sets(sets: Sequence[str]) -> list[str]:
 
 
 def _missing(
-    about: Mapping[str, Any], cells: _Cells, sets: Sequence[str], temperatures: Sequence[float]
+    about: Mapping[str, Any], cells: _Cells, sets: Sequence[str], decodings: Sequence[_Decoding]
 ) -> list[dict[str, Any]]:
     """Questions that a drafter has no record of in any run, where some are."""
     wanted = {benchmark["name"]: benchmark.get("questions") for benchmark in about["benchmarks"]}
     result = []
-    for temperature, name, drafter in itertools.product(temperatures, sets, _named(about["drafters"], ())):
-        found = len({pair.record.question for pair in cells.get((temperature, name, drafter), [])})
+    for decoding, name, entry in itertools.product(decodings, sets, about["drafters"]):
+        temperature, batch_size = decoding
+        if batch_size > 1 and not takes_batches(entry["kind"]):
+            continue
+        drafter = entry["name"]
+        found = len({pair.record.question for pair in cells.get((decoding, name, drafter), [])})
         if wanted.get(name) and found < wanted[name]:
             result.append(
                 {
                     "temperature": temperature,
+                    "batch_size": batch_size,
                     "benchmark": name,
                     "drafter": drafter,
                     "questions": found,
@@ -182,9 +191,10 @@ def _compared(
                 for label, pairs in by_label.items()
                 if label in drafting or ratio == "speed_up"
             }
+            unit = unit_of([pair for pairs in by_label.values() for pair in pairs], ratio)
             # The later one first: drafters are listed from the simplest on.
             tested += [
-                (name, compare(values[b], values[a], names=(b, a), measure=measure))
+                (name, compare(values[b], values[a], names=(b, a), measure=measure, unit=unit))
                 for a, b in itertools.combinations([label for label in values if values[label]], 2)
             ]
         for (name, _), comparison in zip(tested, corrected([of for _, of in tested]), strict=True):
@@ -212,7 +222,7 @@ def _over_checkpoints(pooled: Mapping[str, Sequence[PairedRecord]], drafting: Se
     return result
 
 
-def _mean(values: Mapping[tuple[str, str], float]) -> float:
+def _mean(values: Mapping[tuple[str, str | int], float]) -> float:
     return sum(values.values()) / len(values)
 
 
@@ -223,8 +233,8 @@ def _as_dicts(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
 # ---- Names ----
 
 
-def _asked(record: QuestionRecord) -> tuple[str, str, float, int]:
-    return record.benchmark, record.question, record.temperature, record.seed
+def _asked(record: QuestionRecord) -> tuple[str, str, float, int, int]:
+    return record.benchmark, record.question, record.temperature, record.seed, record.batch_size
 
 
 def _labels(about: Mapping[str, Any], kind: str) -> set[str]:

@@ -19,7 +19,7 @@ from ..training.requests import Request
 from .breakdown import profiled_call
 from .contestants import Contestant
 from .decoding_settings import DecodingSettings, call_seed
-from .drafters import Drafter
+from .drafters import Drafter, takes_batches
 from .drift import feature_drift
 from .passes import emitted_tokens, target_passes
 from .questions import Question, QuestionSet
@@ -45,6 +45,8 @@ class Unit:
         benchmark: name of the prompt set.
         questions: one or more.
         temperature, seed: of the draws.
+        batch_size: of the calls; the last unit of a set may have fewer questions.
+        batch: index of the questions in their set, in steps of `batch_size`.
         is_broken_down: whether the time of a round is broken down, in runs apart.
     """
 
@@ -53,36 +55,58 @@ class Unit:
     questions: tuple[Question, ...]
     temperature: float
     seed: int
+    batch_size: int
+    batch: int
     is_broken_down: bool
 
     def key(self, question: Question, drafter: str, checkpoint: int) -> tuple:
         """Of the record of one of the questions."""
+        return self.record(question, drafter, checkpoint, []).key
+
+    def record(self, question: Question, drafter: str, checkpoint: int, turns: list[TurnRecord]) -> QuestionRecord:
+        """Of one of the questions."""
         return QuestionRecord(
-            self.benchmark, question.id, question.category, drafter, checkpoint, self.temperature, self.seed, []
-        ).key
+            self.benchmark,
+            question.id,
+            question.category,
+            drafter,
+            checkpoint,
+            self.temperature,
+            self.seed,
+            self.batch_size,
+            self.batch,
+            turns,
+        )
 
 
 def make_units(
     sets: Sequence[QuestionSet],
     temperatures: Sequence[float],
     seeds: Sequence[int],
-    batch_size: int = 1,
+    batch_sizes: Sequence[int] = (1,),
     breakdown_questions: int = 0,
 ) -> list[Unit]:
     """All units of an evaluation, in its order. Which questions share a batch depends on the sets alone.
 
     Args:
         temperatures: greedy search, 0, is run with the first seed only, since seeds change nothing in it.
+        batch_sizes: questions a call.
         breakdown_questions: the first ones of each set, of which rounds are broken down with the first seed.
     """
-    modes = [(float(t), seed) for t in temperatures for seed in (seeds if t else seeds[:1])]
+    modes = [
+        (float(temperature), seed, batch_size)
+        for temperature in temperatures
+        for seed in (seeds if temperature else seeds[:1])
+        for batch_size in batch_sizes
+    ]
     units: list[Unit] = []
     for questions in sets:
-        for temperature, seed in modes:
+        for temperature, seed, batch_size in modes:
             for start in range(0, len(questions.questions), batch_size):
-                batch = questions.questions[start : start + batch_size]
+                part = questions.questions[start : start + batch_size]
+                place = batch_size, start // batch_size
                 broken_down = seed == seeds[0] and start < breakdown_questions
-                units.append(Unit(len(units), questions.name, batch, temperature, seed, broken_down))
+                units.append(Unit(len(units), questions.name, part, temperature, seed, *place, broken_down))
     return units
 
 
@@ -156,16 +180,16 @@ class EvaluationRun:
     drift: bool = True
     _warned: set[str] = field(default_factory=set)
 
-    @property
-    def contestants(self) -> list[tuple[Drafter, int]]:
-        """Every drafter with the index of each of its checkpoints."""
-        return [(drafter, index) for drafter in self.drafters for index in range(len(drafter.contestants))]
+    def contestants(self, unit: Unit) -> list[tuple[Drafter, int]]:
+        """Every drafter that decodes as many rows, with the index of each of its checkpoints."""
+        drafters = [drafter for drafter in self.drafters if unit.batch_size == 1 or takes_batches(drafter.kind)]
+        return [(drafter, index) for drafter in drafters for index in range(len(drafter.contestants))]
 
     def missing(self, unit: Unit, finished: Set[tuple]) -> list[tuple[Drafter, int]]:
         """The contestants whose records of a unit are not all there."""
         return [
             (drafter, index)
-            for drafter, index in self.contestants
+            for drafter, index in self.contestants(unit)
             if any(unit.key(question, drafter.name, index) not in finished for question in unit.questions)
         ]
 
@@ -176,14 +200,14 @@ class EvaluationRun:
         for unit in units:
             prompts = [self.begin(question).prompt for question in unit.questions]
             longest = max(map(len, prompts))
-            mode = bool(unit.temperature)
+            mode = bool(unit.temperature), unit.batch_size
             if mode not in modes or longest > modes[mode][0]:
                 modes[mode] = (longest, unit, prompts)
         new_tokens = self.decoding.max_new_tokens
         if self.decoding.cache_implementation is None:
             new_tokens = min(new_tokens, _WARM_UP_TOKENS)
         for _, unit, prompts in modes.values():
-            for drafter, index in self.contestants:
+            for drafter, index in self.contestants(unit):
                 self._generate(drafter.contestants[index], unit, 0, prompts, new_tokens)
                 yield drafter.name
 
@@ -196,7 +220,7 @@ class EvaluationRun:
             output: takes the records.
             finished: keys of the records that are there.
         """
-        turns = self.contestants
+        turns = self.contestants(unit)
         first = unit.number % len(turns)
         missing = self.missing(unit, finished)
         for drafter, index in [*turns[first:], *turns[:first]]:
@@ -205,18 +229,7 @@ class EvaluationRun:
             answers = self._converse(drafter, drafter.contestants[index], unit)
             for question, turn_records in zip(unit.questions, answers, strict=True):
                 if unit.key(question, drafter.name, index) not in finished:
-                    output.append(
-                        QuestionRecord(
-                            unit.benchmark,
-                            question.id,
-                            question.category,
-                            drafter.name,
-                            index,
-                            unit.temperature,
-                            unit.seed,
-                            turn_records,
-                        ).to_dict()
-                    )
+                    output.append(unit.record(question, drafter.name, index, turn_records).to_dict())
             yield drafter.name
 
     def _converse(self, drafter: Drafter, contestant: Contestant, unit: Unit) -> list[list[TurnRecord]]:

@@ -4,8 +4,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .contestants import PLAIN
+from .drafters import takes_batches
 
-__all__ = ["Cell", "ResultsTable", "comparison_of", "paper_table", "results_tables", "shown_ratio", "temperature_text"]
+
+__all__ = [
+    "Cell",
+    "ResultsTable",
+    "batch_sizes",
+    "comparison_of",
+    "decoding_text",
+    "main_figures",
+    "paper_table",
+    "results_tables",
+    "shown_ratio",
+    "temperature_text",
+]
 
 MEAN = "mean"
 UNKNOWN = "–"
@@ -20,7 +34,7 @@ class Cell:
         text: with the standard deviation over runs, where there are several.
         best: whether no other drafter's is higher.
         leads: whether it is significantly above that of every other drafter.
-        interval: of 95% over questions, as text; "" for none.
+        interval: of 95% over questions, or batches of them, as text; "" for none.
     """
 
     text: str
@@ -35,11 +49,12 @@ class Cell:
 
 @dataclass
 class ResultsTable:
-    """Rows are drafters, columns tau and speed-up of every prompt set, then of their mean; or of a set's categories.
+    """Rows are drafters, columns tau and speed-up of every prompt set, then of their mean; or of a set's categories,
+    or of every batch size.
 
     Args:
         title: says the temperature.
-        columns: prompt sets and the mean of them, or categories.
+        columns: prompt sets and the mean of them, categories, or batch sizes.
         rows: by drafter a pair of cells, tau and speed-up, for each column.
         notes: what the figures are.
     """
@@ -51,16 +66,20 @@ class ResultsTable:
 
 
 def results_tables(results: Mapping[str, Any]) -> list[ResultsTable]:
-    """A table for each temperature of what [`~hf_poss.evaluation.results.compute_results`] gives, and behind it one
-    for each prompt set that has several categories, as Spec-Bench.
+    """A table for each temperature and batch size of what [`~hf_poss.evaluation.results.compute_results`] gives, and
+    behind it one for each prompt set that has several categories, as Spec-Bench; where there are several batch sizes,
+    one across them for each temperature.
 
     tau is the macro average, as in the paper; speed-up is of whole calls over plain decoding. The mean is over prompt
     sets.
     """
     tables = []
-    for of in results["temperatures"]:
+    for of in results["decodings"]:
         tables.append(_table(results, of))
-        tables += [_category_table(name, by_category, of) for name, by_category in of["categories"].items()]
+        tables += [_category_table(results, name, by_category, of) for name, by_category in of["categories"].items()]
+    if len(batch_sizes(results)) > 1:
+        temperatures = dict.fromkeys(of["temperature"] for of in results["decodings"])
+        tables += [_batch_size_table(results, temperature) for temperature in temperatures]
     return tables
 
 
@@ -72,6 +91,23 @@ def paper_table(results: Mapping[str, Any]) -> str:
 def temperature_text(temperature: float) -> str:
     """0 and 1 rather than 0.0 and 1.0."""
     return f"{temperature:g}"
+
+
+def batch_sizes(results: Mapping[str, Any]) -> list[int]:
+    """Those of which there are results, from the lowest."""
+    return sorted({of["batch_size"] for of in results["decodings"]})
+
+
+def decoding_text(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
+    """What an entry of `decodings` is called: its temperature, and its batch size where there are several."""
+    text = f"temperature {temperature_text(of['temperature'])}"
+    return f"{text}, batch size {of['batch_size']}" if len(batch_sizes(results)) > 1 else text
+
+
+def main_figures(of: Mapping[str, Any]) -> Mapping[str, Any]:
+    """By drafter what stands for an entry of `decodings` as a whole: the means over prompt sets, or, where no drafter
+    has them all yet, what there is of it."""
+    return of["mean"] if of["mean"].keys() - {PLAIN} else of["pooled"]
 
 
 def comparison_of(comparisons: Sequence[Mapping[str, Any]], one: str, other: str, measure: str) -> Mapping | None:
@@ -94,14 +130,28 @@ def _table(results: Mapping[str, Any], of: Mapping[str, Any]) -> ResultsTable:
     columns = [(name, by_label, of["comparisons_by_benchmark"][name]) for name, by_label in of["benchmarks"].items()]
     if len(results["mean_over"]) > 1:
         columns.append((MEAN, of["mean"], of["comparisons"]))
-    return _filled(f"Temperature {temperature_text(of['temperature'])}", columns, _notes(results, of))
+    title = decoding_text(results, of)
+    return _filled(title[0].upper() + title[1:], columns, _notes(results, of))
 
 
-def _category_table(name: str, by_category: Mapping[str, Any], of: Mapping[str, Any]) -> ResultsTable:
+def _category_table(
+    results: Mapping[str, Any], name: str, by_category: Mapping[str, Any], of: Mapping[str, Any]
+) -> ResultsTable:
     """Of one prompt set. Categories are not compared one by one: their set is."""
     columns = [(category, by_label, ()) for category, by_label in by_category.items()]
-    title = f"{name} by category, temperature {temperature_text(of['temperature'])}"
-    return _filled(title, columns, [_questions_note(by_category)])
+    return _filled(f"{name} by category, {decoding_text(results, of)}", columns, [_questions_note(by_category)])
+
+
+def _batch_size_table(results: Mapping[str, Any], temperature: float) -> ResultsTable:
+    """Of one temperature. Each speed-up is over plain decoding of as many rows."""
+    entries = [of for of in results["decodings"] if of["temperature"] == temperature]
+    columns = [(f"batch size {of['batch_size']}", main_figures(of), of["comparisons"]) for of in entries]
+    over = results["mean_over"]
+    notes = [f"Of {over[0]}." if len(over) == 1 else f"Mean over {', '.join(over)}."]
+    notes.append("Speed-up: over plain decoding of as many rows a call.")
+    alone = [of["name"] for of in results["evaluation"]["drafters"] if not takes_batches(of["kind"])]
+    notes += [f"transformers runs {' and '.join(alone)} with one row a call only."] if alone else []
+    return _filled(f"By batch size, temperature {temperature_text(temperature)}", columns, notes)
 
 
 def _filled(
@@ -162,8 +212,12 @@ def _leads(label: str, known: Mapping[str, float], comparisons: Sequence[Mapping
 
 
 def _questions_note(by_column: Mapping[str, Mapping[str, Any]]) -> str:
-    counts = {name: max(figures["questions"] for figures in by_label.values()) for name, by_label in by_column.items()}
-    return f"n: {', '.join(f'{name} {count}' for name, count in counts.items())} questions."
+    return f"n: {_counted(by_column, 'questions')} questions."
+
+
+def _counted(by_column: Mapping[str, Mapping[str, Any]], of: str) -> str:
+    counts = {name: max(figures[of] for figures in by_label.values()) for name, by_label in by_column.items()}
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def _notes(results: Mapping[str, Any], of: Mapping[str, Any]) -> list[str]:
@@ -174,6 +228,11 @@ def _notes(results: Mapping[str, Any], of: Mapping[str, Any]) -> list[str]:
         "Bold: best of the column. *: significantly above every other drafter (paired t-test and paired bootstrap "
         "over questions, Holm's correction, p < 0.05).",
     ]
+    if of["batch_size"] > 1:
+        told = _counted(of["benchmarks"], "batches")
+        notes.append(
+            f"Questions of a batch share its time: intervals and tests of speed-up are over batches ({told})."
+        )
     runs = [
         figures["runs"] for by_label in of["benchmarks"].values() for figures in by_label.values() if figures["runs"]
     ]
@@ -184,7 +243,9 @@ def _notes(results: Mapping[str, Any], of: Mapping[str, Any]) -> list[str]:
         left_out = results["mean_leaves_out"]
         without = f"; {', '.join(left_out)} repeats questions of these and is left out" if left_out else ""
         notes.append(f"Mean: over {', '.join(results['mean_over'])}, each with the same weight{without}.")
-    missing = [entry for entry in results["missing"] if entry["temperature"] == of["temperature"]]
+    missing = [
+        entry for entry in results["missing"] if all(entry[name] == of[name] for name in ("temperature", "batch_size"))
+    ]
     if missing:
         gaps = ", ".join(
             f"{entry['drafter']} on {entry['benchmark']} {entry['questions']} of {entry['of']}" for entry in missing

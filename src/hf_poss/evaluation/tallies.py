@@ -1,4 +1,7 @@
-"""What a drafter's records of some questions add up to: counts, then ratios, then their intervals over questions."""
+"""What a drafter's records of some questions add up to: counts, then ratios, then their intervals over questions.
+
+Questions that share a call share its time. What is timed varies by batch of questions, therefore: with several rows a
+call these are what intervals resample and what comparisons pair."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,10 +28,11 @@ from .records import QuestionRecord, TurnRecord
 from .significance import bootstrap_sums_interval, mean_and_deviation
 
 
-__all__ = ["RATIOS", "PairedRecord", "mean_over", "question_values", "tally"]
+__all__ = ["RATIOS", "PairedRecord", "mean_over", "question_values", "tally", "unit_of"]
 
 # What is a ratio of sums over texts; of these there are means over prompt sets, and intervals.
 RATIOS = ("tau", "tau_macro", "speed_up", "decoding_speed_up")
+_TIMED = ("speed_up", "decoding_speed_up")
 
 # Columns of a question's sums, see `_sums`.
 _TAUS, _TEXTS, _TOKENS, _ROUNDS = range(4)
@@ -38,7 +42,8 @@ _COLUMNS = 12
 
 
 class PairedRecord(NamedTuple):
-    """A drafter's record, and that of plain decoding of the same question, temperature and seed, if there is one."""
+    """A drafter's record, and that of plain decoding of the same question, temperature, seed and batch
+    size, if there is one."""
 
     record: QuestionRecord
     plain: QuestionRecord | None
@@ -58,22 +63,23 @@ def tally(
     """Counts of a drafter's records, their ratios, and what these vary by.
 
     Args:
-        pairs: of one drafter and temperature, of one prompt set or several.
+        pairs: of one drafter, temperature and batch size, of one prompt set or several.
         positions_per_specialist, num_specialists: n and S, where specialists draft.
         intervals: whether to resample questions.
 
     Returns:
-        counts first (`questions`, `texts`, `new_tokens`, `tokens`, `rounds`, `passes`, `seconds`, `prompt_seconds`;
-        `paired`, the sums of the texts that plain decoding wrote, too, with its own; `identical`, at temperature 0
-        the texts that are the same; `drafted`, `reached` and `accepted` by draft position; `written` by author;
-        `drift`; `parts`), then the ratios of [`hf_poss.measures`], None where nothing was counted, `intervals` of
-        95%, and `runs`: the ratios by checkpoint or seed with mean and standard deviation.
+        counts first (`questions`, `batches`, `texts`, `new_tokens`, `tokens`, `rounds`, `passes`, `seconds`,
+        `prompt_seconds`; `paired`, the sums of the texts that plain decoding wrote, too, with its own; `identical`,
+        at temperature 0 the texts that are the same; `drafted`, `reached` and `accepted` by draft position; `written`
+        by author; `drift`; `parts`), then the ratios of [`hf_poss.measures`], None where nothing was counted,
+        `intervals` of 95%, and `runs`: the ratios by checkpoint or seed with mean and standard deviation.
     """
     turns = [(turn, plain) for pair in pairs for turn, plain in pair.turns]
     own = [turn for turn, _ in turns]
     paired = [(turn, plain) for turn, plain in turns if plain is not None]
     counts = {
-        "questions": len({_question(pair) for pair in pairs}),
+        "questions": len(_units(pairs, "tau")),
+        "batches": len(_units(pairs, "speed_up")),
         "texts": len(own),
         **_totals(own),
         "paired": {
@@ -109,59 +115,69 @@ def tally(
 def mean_over(pairs: Mapping[str, Sequence[PairedRecord]]) -> dict[str, Any]:
     """Unweighted means of the ratios over prompt sets, as in the paper's table: a small set weighs as a large one.
 
-    Intervals resample the questions of each set apart.
+    Intervals resample the questions, or batches, of each set apart.
 
     Args:
-        pairs: of one drafter and temperature, by set.
+        pairs: of one drafter, temperature and batch size, by set.
     """
     names = list(pairs)
-    by_question = [_sums(pairs[name]) for name in names]  # a matrix a set
-    columns = np.zeros((sum(len(sums) for sums in by_question), len(names) * _COLUMNS))
-    strata, start = [], 0
-    for index, sums in enumerate(by_question):
-        columns[start : start + len(sums), index * _COLUMNS : (index + 1) * _COLUMNS] = sums
-        strata += [index] * len(sums)
-        start += len(sums)
+    by_set = [_sums_by_ratio(of) for of in pairs.values()]
+    sums = {name: _side_by_side([of[name] for of in by_set]) for name in RATIOS}
 
     def mean_of(name: str, sums: np.ndarray) -> np.ndarray:  # [..., sets * columns] to [...]
         return _FROM_SUMS[name](sums.reshape(*sums.shape[:-1], len(names), _COLUMNS)).mean(-1)
 
-    totals = columns.sum(axis=0)
     return {
         "benchmarks": names,
-        "questions": len(columns),
-        **{name: _finite(mean_of(name, totals)) for name in RATIOS},
+        "questions": len(sums["tau"][1]),
+        "batches": len(sums["speed_up"][1]),
+        **{name: _finite(mean_of(name, columns.sum(axis=0))) for name, (columns, _) in sums.items()},
         "intervals": {
             name: _listed(bootstrap_sums_interval(columns, lambda sums, name=name: mean_of(name, sums), strata=strata))
-            for name in RATIOS
+            for name, (columns, strata) in sums.items()
         },
         "runs": _mean_runs([_runs(pairs[name]) for name in names]),
     }
 
 
-def question_values(pairs: Sequence[PairedRecord], name: str) -> dict[tuple[str, str], float]:
-    """A ratio by question, (prompt set, id): over its turns, checkpoints and seeds. Questions without it are left out.
+def _side_by_side(matrices: Sequence[np.ndarray]) -> tuple[np.ndarray, list[int]]:
+    """Sums of several sets as one matrix [rows of all, sets * columns], each set in columns of its own, and the set of
+    each row."""
+    columns = np.zeros((sum(map(len, matrices)), len(matrices) * _COLUMNS))
+    strata: list[int] = []
+    for index, sums in enumerate(matrices):
+        columns[len(strata) : len(strata) + len(sums), index * _COLUMNS : (index + 1) * _COLUMNS] = sums
+        strata += [index] * len(sums)
+    return columns, strata
+
+
+def unit_of(pairs: Sequence[PairedRecord], name: str) -> str:
+    """What a ratio varies by: "questions", or "batches" where it is timed and several rows share a call."""
+    return "batches" if name in _TIMED and any(pair.record.batch_size > 1 for pair in pairs) else "questions"
+
+
+def question_values(pairs: Sequence[PairedRecord], name: str) -> dict[tuple[str, str | int], float]:
+    """A ratio by question, (prompt set, id), or by batch, (prompt set, index), see [`unit_of`]: over turns,
+    checkpoints and seeds. Those without it are left out.
 
     Args:
         name: "tau_macro", the mean of the turns' tau, or another of [`RATIOS`].
     """
-    questions = _by_question(pairs)
-    values = _FROM_SUMS[name](_sums(pairs))
-    return {key: float(value) for key, value in zip(questions, values, strict=True) if np.isfinite(value)}
+    units = _units(pairs, name)
+    values = _FROM_SUMS[name](_sums(units))
+    return {key: float(value) for key, value in zip(units, values, strict=True) if np.isfinite(value)}
 
 
 # ---- Counts ----
 
 
-def _question(pair: PairedRecord) -> tuple[str, str]:
-    return pair.record.benchmark, pair.record.question
-
-
-def _by_question(pairs: Sequence[PairedRecord]) -> dict[tuple[str, str], list[PairedRecord]]:
-    questions = defaultdict(list)
+def _units(pairs: Sequence[PairedRecord], name: str) -> dict[tuple[str, str | int], list[PairedRecord]]:
+    """Records by what a ratio varies by, see [`unit_of`], in the order of the first ones."""
+    is_batch = unit_of(pairs, name) == "batches"
+    units = defaultdict(list)
     for pair in pairs:
-        questions[_question(pair)].append(pair)
-    return dict(questions)
+        units[pair.record.benchmark, pair.record.batch if is_batch else pair.record.question].append(pair)
+    return dict(units)
 
 
 def _totals(turns: Sequence[TurnRecord]) -> dict[str, float]:
@@ -295,15 +311,21 @@ def _expected_tau(counts: Mapping[str, Any]) -> float | None:
     return expected_tau(position_acceptance(counts["accepted"], counts["reached"])) if counts["reached"] else None
 
 
-# ---- By question, and by run ----
+# ---- By question or batch, and by run ----
 
 
-def _sums(pairs: Sequence[PairedRecord]) -> np.ndarray:
-    """[questions, columns]: what the ratios are of, by question in the order of their first records."""
+def _sums_by_ratio(pairs: Sequence[PairedRecord]) -> dict[str, np.ndarray]:
+    """[units, columns] by ratio."""
+    of_counts, of_times = (_sums(_units(pairs, name)) for name in ("tau", "speed_up"))
+    return {name: of_times if name in _TIMED else of_counts for name in RATIOS}
+
+
+def _sums(units: Mapping[tuple[str, str | int], Sequence[PairedRecord]]) -> np.ndarray:
+    """[units, columns]: what the ratios are of."""
     rows = []
-    for of_question in _by_question(pairs).values():
+    for of_unit in units.values():
         row = [0.0] * _COLUMNS
-        for turn, plain in (turns for pair in of_question for turns in pair.turns):
+        for turn, plain in (turns for pair in of_unit for turns in pair.turns):
             if turn.rounds:
                 row[_TAUS] += turn.tokens / turn.rounds
                 row[_TEXTS] += 1
@@ -346,11 +368,13 @@ _FROM_SUMS = {
 
 
 def _intervals(pairs: Sequence[PairedRecord], positions: int) -> dict[str, Any]:
-    """95% intervals over questions; of pos-acc by draft position."""
-    sums = _sums(pairs)
-    result: dict[str, Any] = {name: _listed(bootstrap_sums_interval(sums, _FROM_SUMS[name])) for name in RATIOS}
-    counts = np.zeros((len(sums), positions, 2))
-    for row, of_question in enumerate(_by_question(pairs).values()):
+    """95% intervals over questions or batches; of pos-acc by draft position."""
+    result: dict[str, Any] = {
+        name: _listed(bootstrap_sums_interval(sums, _FROM_SUMS[name])) for name, sums in _sums_by_ratio(pairs).items()
+    }
+    questions = _units(pairs, "tau")
+    counts = np.zeros((len(questions), positions, 2))
+    for row, of_question in enumerate(questions.values()):
         for turn in (turn for pair in of_question for turn in pair.record.turns):
             counts[row, : len(turn.accepted), 0] += turn.accepted
             counts[row, : len(turn.reached), 1] += turn.reached

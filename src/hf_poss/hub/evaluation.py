@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..evaluation.drafters import weights_digest
+from ..evaluation.tables import batch_sizes
 from ..modeling_poss import PosSModel
 from .evaluation_table import MEAN
 from .markdown import hub_name
@@ -42,7 +43,7 @@ def read_results(path: str | os.PathLike) -> dict[str, Any]:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no JSON ({error}). `hf-poss report FOLDER` writes it anew.") from error
-    if not isinstance(results, dict) or not {"evaluation", "temperatures", "mean_over"} <= results.keys():
+    if not isinstance(results, dict) or not {"evaluation", "decodings", "mean_over"} <= results.keys():
         raise ValueError(f"{path} holds no results of an evaluation; expected what `hf-poss evaluate` writes.")
     return results
 
@@ -90,7 +91,7 @@ def find_specialists(
 
 
 def evaluation_record(results: Mapping[str, Any], drafter: str, checkpoint: int = 0) -> EvaluationRecord:
-    """The record of one drafter of an evaluation.
+    """The record of one drafter of an evaluation; of several batch sizes that of the smallest.
 
     Args:
         results: of [`~hf_poss.evaluation.results.compute_results`].
@@ -100,26 +101,27 @@ def evaluation_record(results: Mapping[str, Any], drafter: str, checkpoint: int 
     about = results["evaluation"]
     entry = next(entry for entry in about["drafters"] if entry["name"] == drafter)
     index = checkpoint if len(entry["checkpoints"]) > 1 else None
-    temperatures = results["temperatures"]
+    batch_size = batch_sizes(results)[0]
+    decodings = [of for of in results["decodings"] if of["batch_size"] == batch_size]
     return EvaluationRecord(
         target=_public_name(about["target"]["name"]),
         drafter=drafter,
         checkpoints=max(len(entry["checkpoints"]), 1),
-        results=[row for of in temperatures for row in _results(of, drafter, index)],
+        results=[row for of in decodings for row in _results(of, drafter, index)],
         mean_over=results["mean_over"],
-        acceptance=[_acceptance(of, drafter) for of in temperatures if index is None and drafter in of["pooled"]],
-        compared=[row for of in temperatures for row in _others(of, drafter, _plain(about))],
-        comparisons={f"{of['temperature']:g}": _sentences(of, drafter) for of in temperatures},
-        spread=[row for of in temperatures for row in _spread(of, drafter)],
+        acceptance=[_acceptance(of, drafter) for of in decodings if index is None and drafter in of["pooled"]],
+        compared=[row for of in decodings for row in _others(of, drafter, _plain(about))],
+        comparisons={f"{of['temperature']:g}": _sentences(of, drafter) for of in decodings},
+        spread=[row for of in decodings for row in _spread(of, drafter)],
         missing=[
             f"{row['benchmark']} at temperature {row['temperature']:g}: {row['questions']} of {row['of']} questions"
             for row in results["missing"]
-            if row["drafter"] == drafter
+            if row["drafter"] == drafter and row["batch_size"] == batch_size
         ],
         sources={
             of["name"]: of["source"] for of in about["benchmarks"] if of["source"].startswith(("https://", HUB_PREFIX))
         },
-        settings=_settings(about, entry),
+        settings=_settings(about, entry, batch_size),
         hardware=about["hardware"],
         versions=about["versions"],
         command=about["command"],
@@ -189,11 +191,11 @@ def _spread(of: Mapping[str, Any], drafter: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _settings(about: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(about: Mapping[str, Any], entry: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
     seeds: Sequence[int] = about["seeds"]
     settings = {
         "dtype": about["target"].get("dtype"),
-        "batch size": about["batch_size"],
+        "batch size": batch_size,
         "max_new_tokens": about["max_new_tokens"],
         "depth": entry.get("depth"),
         "draft_top_k": entry.get("top_k"),

@@ -54,6 +54,11 @@ def explanations(record: EvaluationRecord) -> list[str]:
             f"These specialists are one of {record.checkpoints} checkpoints of {cell(record.drafter)}, training runs "
             "that differ in their seed: the table above is of this one, comparisons are of all."
         )
+    if record.settings.get("batch size", 1) > 1:
+        lines.append(
+            f"{record.settings['batch size']} questions share a call and its time: intervals and comparisons of "
+            "speed-up are over calls."
+        )
     lines += [
         f"Mean and standard deviation of the {record.checkpoints} at temperature {row['temperature']:g}: tau "
         f"{_spread(row, 'tau_macro')}, speed-up {_spread(row, 'speed_up', 'x')}."
