@@ -9,6 +9,7 @@ from hf_poss.measures import (
     DriftSums,
     added,
     by_specialist,
+    continuation,
     expected_tau,
     mean_acceptance_length,
     mean_acceptance_length_macro,
@@ -34,6 +35,16 @@ def test_pos_acc_is_of_what_was_reached_and_node_acceptance_of_what_was_drafted(
     drafted, reached, accepted = [10, 10, 10], [10, 7, 3], [7, 3]
     assert position_acceptance(accepted, reached) == pytest.approx([0.7, 3 / 7, 0.0])
     assert node_acceptance(accepted, drafted) == pytest.approx([0.7, 0.3, 0.0])
+
+
+def test_continuation_makes_the_rounds_own_tau_whatever_the_tree():
+    """Twenty rounds whose trees have position 2 behind the likelier tokens only: pos-acc leaves the others out."""
+    rounds, reached, accepted = 20, [20, 8, 6], [16, 6, 3]
+    assert continuation(accepted, rounds) == pytest.approx([16 / 20, 6 / 16, 3 / 6])
+    assert expected_tau(continuation(accepted, rounds)) == pytest.approx(1 + (16 + 6 + 3) / 20)
+    assert expected_tau(position_acceptance(accepted, reached)) > 1 + (16 + 6 + 3) / 20
+    assert continuation([4, 0, 0], 10) == [0.4, 0.0]  # nothing is known of what follows
+    assert continuation([], 10) == [0.0] and continuation([], 0) == []
 
 
 def test_more_accepted_positions_than_were_reached_are_refused():

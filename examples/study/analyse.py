@@ -50,10 +50,12 @@ def cost_blocks(results: Path) -> dict[str, Callable[[], str]]:
     speed, profile, large = (read(results / f"study_{of}.json") for of in ("speed", "profile", "memory_8b"))
     specialists = ("PosS-1", "PosS-2", "PosS-3")
     one_layer = [(name, layer) for layer in ("HASS", "EAGLE") for name in specialists]
-    pairs = [("HASS", "EAGLE"), *one_layer, ("wide", "PosS-2")]
+    pairs = [("HASS", "EAGLE"), *one_layer, ("wide", "EAGLE"), ("wide", "PosS-2")]
     return {
         "speed": lambda: speed_table(speed),
         "against-speed": lambda: speed_comparisons(speed, pairs),
+        "speed-of-4": lambda: speed_table(speed, 4),
+        "against-speed-of-4": lambda: speed_comparisons(speed, pairs, 4),
         "memory": lambda: memory_table(profile),
         "memory-8b": lambda: memory_table(large, "GiB"),
         "switching": lambda: NOT_MEASURED if profile is None else switching_table(profile["cases"]),

@@ -16,29 +16,38 @@ def read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def speed_table(results: Mapping[str, Any] | None) -> str:
-    """tau, rho and speed-up by drafter on the first prompt set, at the lowest temperature."""
-    rows = []
-    for name, figures in _figures(results).items():
+def speed_table(results: Mapping[str, Any] | None, batch_size: int = 1) -> str:
+    """tau, rho and speed-up by drafter on the first prompt set, at the lowest temperature.
+
+    A row's tokens a pass are tau, micro, of one row; of several less, since a call lasts as long as its slowest row.
+    """
+    decoding = _decoding(results, batch_size)
+    figures_of = {} if decoding is None else next(iter(decoding["benchmarks"].values()))
+    unit, rows = "questions" if batch_size == 1 else "batches", []
+    for name, figures in figures_of.items():
         low, high = figures["intervals"]["speed_up"] or (None, None)
         rows.append(
             [
                 name,
-                str(figures["questions"]),
+                str(figures[unit]),
                 str(len(figures["runs"]["indices"])) if figures["runs"] else "1",
                 f"{figures['tau_macro'] or 1.0:.2f}",
+                f"{figures['tokens'] / (figures['passes'] * batch_size):.2f}",
                 f"{figures['rho']:.2f}",
                 _over_runs(figures, "speed_up"),
                 "–" if low is None else f"{low:.2f} to {high:.2f}",
             ]
         )
-    return table(["drafter", "prompts", "seeds", "tau, macro", "rho", "speed-up", "95% over prompts"], rows)
+    told = "prompts" if batch_size == 1 else "calls"
+    return table(
+        ["drafter", told, "seeds", "tau, macro", "a row's tokens a pass", "rho", "speed-up", f"95% over {told}"], rows
+    )
 
 
-def _figures(results: Mapping[str, Any] | None) -> dict[str, Any]:
-    if results is None:
-        return {}
-    return next(iter(results["decodings"][0]["benchmarks"].values()))
+def _decoding(results: Mapping[str, Any] | None, batch_size: int) -> dict[str, Any] | None:
+    """The lowest temperature's; None where there is none of that batch size."""
+    decodings = [] if results is None else results["decodings"]
+    return next((of for of in decodings if of["batch_size"] == batch_size), None)
 
 
 def _over_runs(figures: Mapping[str, Any], ratio: str) -> str:
@@ -48,17 +57,17 @@ def _over_runs(figures: Mapping[str, Any], ratio: str) -> str:
     return f"{runs['mean'][ratio]:.2f}x ± {runs['deviation'][ratio]:.2f}"
 
 
-def speed_comparisons(results: Mapping[str, Any] | None, pairs: Sequence[tuple[str, str]]) -> str:
+def speed_comparisons(results: Mapping[str, Any] | None, pairs: Sequence[tuple[str, str]], batch_size: int = 1) -> str:
     """Speed-up of the first of each pair less that of the second, paired over seeds and over prompts; one family.
 
     Args:
         pairs: in the order in which `hf-poss evaluate` compares them, the later drafter first; others are left out.
     """
-    if results is None:
+    decoding = _decoding(results, batch_size)
+    if decoding is None:
         return table([], [])
-    greedy = results["decodings"][0]
     over_seeds, over_prompts = (
-        _speed_up_by_pair(greedy[of]) for of in ("comparisons_over_checkpoints", "comparisons")
+        _speed_up_by_pair(decoding[of]) for of in ("comparisons_over_checkpoints", "comparisons")
     )
     found = [pair for pair in pairs if pair in over_seeds and pair in over_prompts]
     by_seed, by_prompt = (corrected([of[pair] for pair in found]) for of in (over_seeds, over_prompts))

@@ -15,6 +15,7 @@ __all__ = [
     "DriftSums",
     "added",
     "by_specialist",
+    "continuation",
     "expected_tau",
     "mean_acceptance_length",
     "mean_acceptance_length_macro",
@@ -67,6 +68,29 @@ def position_acceptance(accepted: Sequence[int], reached: Sequence[int]) -> list
     """
     filled = [*accepted, *[0] * (len(reached) - len(accepted))]
     return [_ratio(hits, rounds) for hits, rounds in zip(filled, reached, strict=True)]
+
+
+def continuation(accepted: Sequence[int], rounds: int) -> list[float]:
+    """Share of the rounds that accepted draft positions 1..k-1 in which k was accepted, too: accepted_k /
+    accepted_(k-1), with accepted_0 = rounds.
+
+    As pos-acc, but rounds whose tree ends before k count as rejected. So [`expected_tau`] of it is the rounds' own
+    tau, 1 + sum over k of accepted_k / rounds, where that of pos-acc is tau if every round drafted every position.
+
+    Args:
+        accepted: rounds in which the position was accepted, by draft position - 1.
+        rounds: all of them.
+
+    Returns:
+        by draft position - 1, up to the first one that no round accepted.
+    """
+    rates, before = [], rounds
+    for count in accepted or [0]:
+        if not before:
+            break
+        rates.append(count / before)
+        before = count
+    return rates
 
 
 def node_acceptance(accepted: Sequence[int], drafted: Sequence[int]) -> list[float]:

@@ -77,7 +77,7 @@ def test_shapes_are_measured_and_their_acceptance_is_assumed(capsys, tmp_path):
     result = json.loads(path.read_text())
     assert result["acceptance"] == {
         "from": "assumed: 0.9,0.8",
-        "pos_acc": {name: [0.9, 0.8, 0.8, 0.8] for name in ("EAGLE", "PosS-2")},
+        "rates": {name: [0.9, 0.8, 0.8, 0.8] for name in ("EAGLE", "PosS-2")},
     }
     assert "random weights" in told and "Acceptance: assumed: 0.9,0.8." in told
     assert result["predictions"]["PosS-2"][0]["peak"] == pytest.approx(
@@ -87,7 +87,7 @@ def test_shapes_are_measured_and_their_acceptance_is_assumed(capsys, tmp_path):
 
 def test_acceptance_comes_from_results_by_name(pair, tmp_path, capsys):
     results, path = tmp_path / "results.json", tmp_path / "profile.json"
-    pooled = {"PosS-2": {"pos_acc": [0.5, 0.4]}, "EAGLE": {"pos_acc": [0.3]}}
+    pooled = {"PosS-2": {"rounds": 20, "accepted": [10, 4]}, "EAGLE": {"rounds": 10, "accepted": [3]}}
     results.write_text(json.dumps({"decodings": [{"pooled": pooled}]}))
     sizes = ["--batch_sizes", "1", "--results", str(results), "--output", str(path)]
     profile(capsys, *pair, *SMALL, *sizes)
@@ -96,7 +96,7 @@ def test_acceptance_comes_from_results_by_name(pair, tmp_path, capsys):
         "PosS-2": [0.5, 0.4],
         "EAGLE": [0.3] * 2,
     }
-    results.write_text(json.dumps({"decodings": [{"pooled": {"other": {"pos_acc": [0.5]}}}]}))
+    results.write_text(json.dumps({"decodings": [{"pooled": {"other": {"rounds": 2, "accepted": [1]}}}]}))
     assert main(["profile", *pair, *SMALL, *sizes]) == 1
     assert "no acceptance of PosS-2, EAGLE; it has other" in capsys.readouterr().err
 

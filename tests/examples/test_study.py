@@ -336,14 +336,15 @@ def cells(table: str) -> list[list[str]]:
 
 def test_speed_is_that_of_the_evaluation(study, tmp_path):
     drafters = [MadeUp("HASS", [0.6, 0.3], checkpoints=3), MadeUp("PosS-2", [0.9, 0.9], checkpoints=3)]
-    results = compute_results(MadeUpEvaluation(drafters, {"python": 8}).write(tmp_path))
+    results = compute_results(MadeUpEvaluation(drafters, {"python": 8}, batch_sizes=(1, 4)).write(tmp_path))
     figures = results["decodings"][0]["benchmarks"]["python"]
     plain, hass, poss = cells(study.costs.speed_table(results))
-    assert plain[:6] == ["plain", "8", "1", "1.00", "1.00", "1.00x"]
+    assert plain[:7] == ["plain", "8", "1", "1.00", "1.00", "1.00", "1.00x"]
     runs = figures["PosS-2"]["runs"]
     assert poss[:3] == ["PosS-2", "8", "3"]
-    assert poss[4] == f"{figures['PosS-2']['rho']:.2f}"
-    assert poss[5] == f"{runs['mean']['speed_up']:.2f}x ± {runs['deviation']['speed_up']:.2f}"
+    assert poss[4] == f"{figures['PosS-2']['tau']:.2f}"
+    assert poss[5] == f"{figures['PosS-2']['rho']:.2f}"
+    assert poss[6] == f"{runs['mean']['speed_up']:.2f}x ± {runs['deviation']['speed_up']:.2f}"
 
     pairs = [("PosS-2", "HASS"), ("HASS", "nobody")]
     (row,) = cells(study.costs.speed_comparisons(results, pairs))
@@ -352,6 +353,13 @@ def test_speed_is_that_of_the_evaluation(study, tmp_path):
     half = 4.303 * wanted["difference"] / wanted["effect_size"] / 3**0.5
     assert row[2] == f"{wanted['difference'] - half:+.3f} to {wanted['difference'] + half:+.3f}"
     assert row[4] == f"{study.tables.p_text(wanted['p_value'])} (n = 3)"  # the only pair: nothing to correct
+
+    _, _, poss = cells(study.costs.speed_table(results, 4))
+    of_four = results["decodings"][1]["benchmarks"]["python"]["PosS-2"]
+    assert (poss[1], poss[5]) == ("2", f"{of_four['rho']:.2f}")  # calls
+    (row,) = cells(study.costs.speed_comparisons(results, pairs, 4))
+    assert row[4].endswith("(n = 3)") and row[6].endswith("(n = 2)")
+    assert study.costs.speed_table(results, 3) == study.tables.NOT_MEASURED
     assert study.costs.speed_table(None) == study.costs.speed_comparisons(None, []) == study.tables.NOT_MEASURED
 
 

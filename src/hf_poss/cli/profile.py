@@ -266,7 +266,7 @@ def _load(args: argparse.Namespace, plan: "Plan", specs: list["DrafterSpec"]) ->
 
 
 def _acceptance(args: argparse.Namespace, plan: "Plan", pair: "LoadedPair", tokenizer: Any) -> dict[str, Any]:
-    """pos-acc by drafter, and where it is from.
+    """Acceptance by drafter, see [`~hf_poss.measures.continuation`], and where it is from.
 
     Raises:
         ValueError: if the results do not have a drafter.
@@ -275,16 +275,18 @@ def _acceptance(args: argparse.Namespace, plan: "Plan", pair: "LoadedPair", toke
     from ..evaluation.acceptance import Acceptance
     from ..evaluation.profile import measured_acceptance
     from ..evaluation.prompts import batches, read_prompts
+    from ..measures import continuation
 
     if args.results:
         pooled = json.loads(Path(args.results).read_text())["decodings"][0]["pooled"]
-        missing = [name for name in plan.drafters if not pooled.get(name, {}).get("pos_acc")]
+        missing = [name for name in plan.drafters if not pooled.get(name, {}).get("rounds")]
         if missing:
             raise ValueError(
                 f"{args.results} has no acceptance of {', '.join(missing)}; it has {', '.join(pooled)}. Call the "
                 "drafters as they are called there: `--poss NAME=PATH`."
             )
-        return {"from": args.results, "pos_acc": {name: pooled[name]["pos_acc"] for name in plan.drafters}}
+        rates = {name: continuation(pooled[name]["accepted"], pooled[name]["rounds"]) for name in plan.drafters}
+        return {"from": args.results, "rates": rates}
     if args.prompts or (args.demo and not args.acceptance):
         texts = read_prompts(args.prompts)[: args.num_prompts] if args.prompts else demo_prompts(args.num_prompts)
         prompts = batches(texts, tokenizer, 1, pair.target.device, args.chat)
@@ -292,12 +294,12 @@ def _acceptance(args: argparse.Namespace, plan: "Plan", pair: "LoadedPair", toke
             name: measured_acceptance(pair.target, poss, plan.settings[name], prompts, args.new_tokens)
             for name, poss in pair.drafters.items()
         }
-        return {"from": f"{len(texts)} prompts, greedy, {args.new_tokens} new tokens each", "pos_acc": rates}
+        return {"from": f"{len(texts)} prompts, greedy, {args.new_tokens} new tokens each", "rates": rates}
     rates = {
         name: Acceptance.of(args.acceptance or _ASSUMED, settings.depth).rates
         for name, settings in plan.settings.items()
     }
-    return {"from": f"assumed: {args.acceptance or f'tau {_ASSUMED}'}", "pos_acc": rates}
+    return {"from": f"assumed: {args.acceptance or f'tau {_ASSUMED}'}", "rates": rates}
 
 
 def _about(args: argparse.Namespace, plan: "Plan") -> dict[str, Any]:
@@ -371,7 +373,7 @@ def _write(args: argparse.Namespace, plan: "Plan", result: dict[str, Any]) -> No
     from ..training.settings import write_json
 
     if result["cases"] and "acceptance" in result:  # an interrupted run may not have got to it
-        result["break_even"] = break_even(plan, result["cases"], result["acceptance"]["pos_acc"])
+        result["break_even"] = break_even(plan, result["cases"], result["acceptance"]["rates"])
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, result)

@@ -1,8 +1,9 @@
 """Where drafting, another draft position and another specialist begin to pay for themselves.
 
-With a_k the acceptance of draft position k (pos-acc), a round of depth K emits tau = 1 + sum over k of a_1 * ... * a_k
-tokens, and its cost in plain steps is rho; the speed-up is tau / rho (Leviathan et al., arXiv 2211.17192, theorem 3.8,
-with a rate and a price of each position; see [`hf_poss.measures`]).
+With a_k the share of the rounds that accepted positions 1..k-1 in which k is accepted, too (see
+[`~hf_poss.measures.continuation`]), a round of depth K emits tau = 1 + sum over k of a_1 * ... * a_k tokens, and its
+cost in plain steps is rho; the speed-up is tau / rho (Leviathan et al., arXiv 2211.17192, theorem 3.8, with a rate and
+a price of each position; see [`hf_poss.measures`]).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,32 +17,32 @@ __all__ = ["best_depth", "break_even_batch", "paying_gain", "rates_to", "speed_u
 _STEPS = 60  # halvings of an interval of at most 1
 
 
-def rates_to(pos_acc: Sequence[float], depth: int) -> list[float]:
+def rates_to(acceptance: Sequence[float], depth: int) -> list[float]:
     """Acceptance of draft positions 1 to `depth`; the last rate goes on below the last position that has one.
 
     Raises:
         ValueError: if there is no rate, or one is not from 0 to 1.
     """
-    if not pos_acc or not all(0 <= rate <= 1 for rate in pos_acc):
-        raise ValueError(f"The acceptance by position is {list(pos_acc)}; expected one rate or more from 0 to 1.")
-    return [*pos_acc[:depth], *[pos_acc[-1]] * (depth - len(pos_acc))]
+    if not acceptance or not all(0 <= rate <= 1 for rate in acceptance):
+        raise ValueError(f"The acceptance by position is {list(acceptance)}; expected one rate or more from 0 to 1.")
+    return [*acceptance[:depth], *[acceptance[-1]] * (depth - len(acceptance))]
 
 
 def speed_up_by_depth(
-    costs: RoundCosts, pos_acc: Sequence[float], depth: int, nodes: Callable[[int], int]
+    costs: RoundCosts, acceptance: Sequence[float], depth: int, nodes: Callable[[int], int]
 ) -> list[float]:
     """tau(K) / rho(K) of drafts of 0 to `depth` positions; 1 at 0, which is plain decoding.
 
-    rho(K) = (context + d_1 + ... + d_K + verification(nodes(K)) + overhead) / plain. With trees, pos-acc is that of
-    trees of the same width.
+    rho(K) = (context + d_1 + ... + d_K + verification(nodes(K)) + overhead) / plain. With trees, acceptance is that of
+    trees of the same size.
 
     Args:
         costs: of a round.
-        pos_acc: acceptance by draft position - 1, see [`rates_to`].
+        acceptance: acceptance by draft position - 1, see [`rates_to`].
         depth: the deepest.
         nodes: that are verified at a depth, the root included: K + 1 of a chain.
     """
-    rates = rates_to(pos_acc, depth)
+    rates = rates_to(acceptance, depth)
     return [
         expected_tau(rates[:deep]) / round_cost(costs.of_round(deep, nodes(deep)), 1, costs.plain, 1)
         for deep in range(depth + 1)
@@ -61,7 +62,7 @@ def best_depth(speed_ups: Sequence[float]) -> int:
 
 
 def paying_gain(
-    pos_acc: Sequence[float], depth: int, first: int, round_seconds: float, extra_seconds: float
+    acceptance: Sequence[float], depth: int, first: int, round_seconds: float, extra_seconds: float
 ) -> float | None:
     """The acceptance gain at which another specialist pays for itself.
 
@@ -72,14 +73,14 @@ def paying_gain(
         tau(a_1, ..., a_(first-1), min(a_first + g, 1), ..., min(a_depth + g, 1)) / tau(a) = (R + E) / R.
 
     Args:
-        pos_acc: acceptance by draft position - 1 without it, see [`rates_to`].
+        acceptance: acceptance by draft position - 1 without it, see [`rates_to`].
         depth: draft positions a round.
         first: the first position that it serves.
         round_seconds: R, of a round without it.
         extra_seconds: E.
 
     Returns:
-        g, where 0.01 is one point of pos-acc; 0 if the round gets no longer; None if even certain acceptance from
+        g, where 0.01 is one point of acceptance; 0 if the round gets no longer; None if even certain acceptance from
         `first` on would not pay.
 
     Raises:
@@ -90,7 +91,7 @@ def paying_gain(
             f"A specialist from position {first} of {depth} on, and rounds of {round_seconds} s; expected one of the "
             "positions and a time above 0."
         )
-    rates = rates_to(pos_acc, depth)
+    rates = rates_to(acceptance, depth)
     wanted = expected_tau(rates) * (round_seconds + extra_seconds) / round_seconds
 
     def tau(gain: float) -> float:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..candidate_generator import DraftSettings
 from ..configuration_poss import PosSConfig
-from ..measures import expected_tau, round_cost
+from ..measures import continuation, expected_tau, round_cost
 from ..modeling_poss import PosSModel
 from ..round_costs import CostCurve, RoundCosts
 from ..statistics import collect_statistics
@@ -219,7 +219,7 @@ def _costs_of(figures: Mapping[str, Any]) -> RoundCosts:
 def measured_acceptance(
     target: PreTrainedModel, poss: PosSModel, settings: DraftSettings, prompts: Sequence[Prompt], new_tokens: int
 ) -> list[float]:
-    """pos-acc by draft position - 1 of greedy texts."""
+    """Of greedy texts by draft position - 1, see [`~hf_poss.measures.continuation`]."""
     knobs = {
         "num_assistant_tokens": settings.depth,
         "draft_top_k": settings.top_k,
@@ -229,7 +229,7 @@ def measured_acceptance(
     with contestant.set_up(), collect_statistics(timed=False) as stats:
         for prompt in prompts:
             target.generate(**prompt.inputs, **contestant.arguments, do_sample=False, max_new_tokens=new_tokens)
-    return stats.pos_acc
+    return continuation(stats.accepted, stats.rounds)
 
 
 def break_even(
@@ -239,13 +239,13 @@ def break_even(
 
     Args:
         cases: of [`measure_case`].
-        acceptance: pos-acc by draft position - 1, by drafter.
+        acceptance: by draft position - 1, by drafter; see [`~hf_poss.measures.continuation`].
 
     Returns:
         "rounds", an entry a drafter and case: tau, the speed-up by depth from 0 on, the depth beyond which no other
-        position pays, and, for several specialists, the gain in pos-acc from the last one's first position on at which
-        it pays, see [`paying_gain`]; "batches", an entry a drafter and context: the batch at which drafting stops
-        paying, None where it pays up to the largest measured.
+        position pays, and, for several specialists, the gain in acceptance from the last one's first position on at
+        which it pays, see [`paying_gain`]; "batches", an entry a drafter and context: the batch at which drafting
+        stops paying, None where it pays up to the largest measured.
     """
     rounds, batches = [], []
     for name, config in plan.drafters.items():

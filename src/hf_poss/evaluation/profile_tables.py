@@ -145,8 +145,8 @@ def break_even_table(result: Mapping[str, Any]) -> str:
     header = ["context", "rows", "drafter", "tau", "speed-up", "deepest that pays (speed-up)"]
     return (
         _table([*header, "the last specialist pays with", "drafting stops paying at"], rows)
-        + "\n\nPoints of pos-acc at the median of what it adds to a round, in brackets at the quartiles: where these "
-        "lie far apart, time more rounds (`--repeats`)."
+        + "\n\nPoints of acceptance at the median of what it adds to a round, in brackets at the quartiles: where "
+        "these lie far apart, time more rounds (`--repeats`)."
     )
 
 
