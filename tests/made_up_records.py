@@ -132,9 +132,10 @@ class MadeUpEvaluation:
                 authors.append(position)
             if len(authors) < len(token_ids):
                 authors.append(0)
-        # Plain steps of more rows cost no more; rounds do, by 10% a row.
+        # More rows cost more, and rounds of theirs more than plain steps: 10% a row.
+        step = STEP * (1 + 0.2 * (batch_size - 1))
         rho = drafter.rho * (1 + 0.1 * (batch_size - 1) * (drafter.kind != "plain"))
-        seconds = PROMPT + rounds * rho * STEP * luck.uniform(0.95, 1.05)
+        seconds = PROMPT + rounds * rho * step * luck.uniform(0.95, 1.05)
         has_specialists = drafter.kind == "poss"
         parts = {"context": 0.1, "passes": 0.3, "tree": 0.05, "prompt": 9.0, "verification": 0.5, "walk": 0.03}
         return TurnRecord(

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -339,5 +340,8 @@ def test_records_of_an_evaluation_are_inputs():
     assert results["rho"] == 0.5  # 1 s over 2 passes, against 2 s over 2 steps
     assert results["pos_acc"] == [0.5, 1.0]
     assert set(record_inputs(drafted)) == {"tokens", "rounds", "drafted", "reached", "accepted"}
+    slower = [replace(turn, seconds=9.0) for record in plain for turn in record.turns]
+    of_four = [replace(record, batch_size=4, turns=slower[: len(record.turns)]) for record in plain]
+    assert record_inputs(drafted, [*plain, *of_four]) == inputs  # plain decoding of as many rows
     with pytest.raises(ValueError, match="no answer to 1 of 2 questions.*'a'"):
         record_inputs(drafted, [record for record in plain if record.question != "a"])

@@ -5,13 +5,25 @@ import torch
 from conftest import SIZES, make_poss
 from transformers import LlamaConfig
 
+from hf_poss import collect_statistics
 from hf_poss.candidate_generator import DraftSettings
 from hf_poss.configuration_poss import PosSConfig
+from hf_poss.demo import demo_prompts, load_demo_pair
 from hf_poss.evaluation.break_even import paying_gain
-from hf_poss.evaluation.profile import Case, LoadedPair, Plan, break_even, measure_case, memory_predictions
+from hf_poss.evaluation.profile import (
+    Case,
+    LoadedPair,
+    Plan,
+    break_even,
+    measure_case,
+    measured_acceptance,
+    memory_predictions,
+)
 from hf_poss.evaluation.profile_figure import plot_profile
 from hf_poss.evaluation.profile_tables import break_even_table, latency_table, memory_table, switching_table
+from hf_poss.evaluation.prompts import batches
 from hf_poss.evaluation.shapes import random_target
+from hf_poss.measures import expected_tau
 
 
 SETTINGS = DraftSettings(4, 1, 5)
@@ -103,6 +115,26 @@ def given_case(rows: int, plain: float, round_seconds: float, added: float) -> d
         "costs": {"EAGLE": costs, "PosS-2": costs},
         "switching": {"PosS-2": {"over_one_less": over}},
     }
+
+
+@pytest.mark.parametrize("settings", [DraftSettings(4, 1, 5), DraftSettings(4, 3, 6)], ids=["chain", "small tree"])
+def test_acceptance_of_prompts_is_that_of_their_rounds(settings):
+    """A tree of 6 nodes ends before depth 4 here and there: tau by these rates is the rounds' own all the same."""
+    target, poss, tokenizer = load_demo_pair()
+    prompts = batches(demo_prompts(2), tokenizer, 1, target.device)
+    found = measured_acceptance(target, poss, settings, prompts, 24)
+    knobs = {
+        "num_assistant_tokens": settings.depth,
+        "draft_top_k": settings.top_k,
+        "draft_total_tokens": settings.total_tokens,
+    }
+    poss.generation_config.update(**knobs)
+    with collect_statistics() as stats:
+        for prompt in prompts:
+            target.generate(**prompt.inputs, assistant_model=poss, do_sample=False, max_new_tokens=24)
+    assert expected_tau(found) == pytest.approx(1 + sum(stats.accepted) / stats.rounds)
+    if settings.top_k > 1:
+        assert expected_tau(stats.pos_acc) > expected_tau(found) + 0.05
 
 
 def test_what_pays_follows_from_costs_and_acceptance():

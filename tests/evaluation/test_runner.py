@@ -230,6 +230,7 @@ def test_units_are_batches_by_set_mode_and_seed(questions):
 def test_units_have_every_batch_size(questions):
     units = make_units([questions], [0.0], [0], [1, 3])
     assert [(unit.batch_size, len(unit.questions)) for unit in units] == [*[(1, 1)] * 4, (3, 3), (3, 1)]
+    assert [unit.batch for unit in units] == [0, 1, 2, 3, 0, 1]
     keys = {unit.key(question, "plain", 0) for unit in units for question in unit.questions}
     assert len(keys) == 8  # a question has a record of each
 
