@@ -47,7 +47,8 @@ def rivals(loss: str) -> list[tuple[str, str]]:
 
 def cost_blocks(results: Path) -> dict[str, Callable[[], str]]:
     """Tables of time and memory by name."""
-    speed, profile, large = (read(results / f"study_{of}.json") for of in ("speed", "profile", "memory_8b"))
+    named = ("speed", "speed_depth4", "profile", "memory_8b")
+    speed, shallow, profile, large = (read(results / f"study_{of}.json") for of in named)
     specialists = ("PosS-1", "PosS-2", "PosS-3")
     one_layer = [(name, layer) for layer in ("HASS", "EAGLE") for name in specialists]
     pairs = [("HASS", "EAGLE"), *one_layer, ("wide", "EAGLE"), ("wide", "PosS-2")]
@@ -56,6 +57,8 @@ def cost_blocks(results: Path) -> dict[str, Callable[[], str]]:
         "against-speed": lambda: speed_comparisons(speed, pairs),
         "speed-of-4": lambda: speed_table(speed, 4),
         "against-speed-of-4": lambda: speed_comparisons(speed, pairs, 4),
+        "speed-depth-4": lambda: speed_table(shallow),
+        "against-speed-depth-4": lambda: speed_comparisons(shallow, pairs),
         "memory": lambda: memory_table(profile),
         "memory-8b": lambda: memory_table(large, "GiB"),
         "switching": lambda: NOT_MEASURED if profile is None else switching_table(profile["cases"]),
