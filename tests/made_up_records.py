@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_poss.configuration_poss import specialist_index
-from hf_poss.evaluation.drafters import takes_batches
+from hf_poss.evaluation.drafters import takes_rows
 from hf_poss.evaluation.records import QuestionRecord, TurnRecord
 from hf_poss.measures import DriftSums
 
@@ -90,7 +90,7 @@ class MadeUpEvaluation:
             for name, count in self.sets.items()
             for question in range(count)
             for drafter in [PLAIN, *self.drafters]
-            if batch_size == 1 or takes_batches(drafter.kind)
+            if takes_rows(drafter.kind, batch_size)
             for checkpoint in range(drafter.checkpoints)
         ]
 

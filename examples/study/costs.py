@@ -10,6 +10,7 @@ from results import Difference
 from tables import difference_table, table
 
 from hf_poss.evaluation.significance import Comparison, Interval, corrected
+from hf_poss.evaluation.tallies import unit_of
 
 
 def read(path: Path) -> dict[str, Any] | None:
@@ -23,7 +24,7 @@ def speed_table(results: Mapping[str, Any] | None, batch_size: int = 1) -> str:
     """
     decoding = _decoding(results, batch_size)
     figures_of = {} if decoding is None else next(iter(decoding["benchmarks"].values()))
-    unit, rows = "questions" if batch_size == 1 else "batches", []
+    unit, rows = unit_of("speed_up", batch_size), []
     for name, figures in figures_of.items():
         low, high = figures["intervals"]["speed_up"] or (None, None)
         rows.append(

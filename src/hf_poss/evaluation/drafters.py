@@ -26,7 +26,7 @@ __all__ = [
     "plain_drafter",
     "prompt_lookup_drafter",
     "specialists_drafter",
-    "takes_batches",
+    "takes_rows",
     "weights_digest",
 ]
 
@@ -49,9 +49,9 @@ class DrafterSpec:
     checkpoints: tuple[str, ...]
 
 
-def takes_batches(kind: str) -> bool:
-    """Whether what is of a kind, see [`Drafter`], decodes several rows: transformers drafts for one only."""
-    return kind not in BASELINES
+def takes_rows(kind: str, rows: int) -> bool:
+    """Whether what is of a kind, see [`Drafter`], decodes so many rows a call: transformers drafts for one only."""
+    return rows == 1 or kind not in BASELINES
 
 
 def parse_drafters(values: Iterable[str]) -> list[DrafterSpec]:

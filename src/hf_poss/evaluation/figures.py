@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .tables import MEAN, batch_sizes, main_figures, shown_ratio, temperature_text
+from .tables import MEAN, batch_sizes, by_temperature, main_figures, shown_ratio, temperature_text
+from .tallies import unit_of
 
 
 if TYPE_CHECKING:
@@ -152,13 +153,13 @@ def _saved(figure: "Figure", form: str, **options: Any) -> bytes:
 def _figures(results: Mapping[str, Any]) -> Iterator[ReportFigure]:
     labels = [drafter["name"] for drafter in results["evaluation"]["drafters"]]
     styles = {label: index for index, label in enumerate(label for label in labels if label != "plain")}
-    temperatures = list(dict.fromkeys(of["temperature"] for of in results["decodings"]))
+    temperatures = by_temperature(results)
     drawn = [
         (draw(results, of, styles), of["temperature"], of["batch_size"])
         for of in results["decodings"]
         for draw in (_tau, _speed_up, _pos_acc, _specialists, _drift, _round)
     ]
-    drawn += [(_by_batch_size(results, temperature, styles), temperature, None) for temperature in temperatures]
+    drawn += [(_by_batch_size(results, of, styles), temperature, None) for temperature, of in temperatures.items()]
     for figure, temperature, batch_size in drawn:
         if figure is not None:
             suffix, at = "", ""
@@ -212,8 +213,7 @@ def _bars(of, styles, name, ratio, title, axis, form, line) -> ReportFigure | No
     last = list(groups)[-1]
     ranked = sorted((value, label) for (group, label), (value, _) in values.items() if group == last)
     where = "in the mean over sets" if last == MEAN else f"on {last}"
-    unit = "batches" if ratio == "speed_up" and of["batch_size"] > 1 else "questions"
-    reading = f"Lines are 95% intervals over {unit}."
+    reading = f"Lines are 95% intervals over {unit_of(ratio, of['batch_size'])}."
     if len(ranked) == 1:
         reading = f"{ranked[0][1]} has {form.format(ranked[0][0])} {where}. {reading}"
     elif ranked:
@@ -390,11 +390,11 @@ def _round(results, of, styles) -> ReportFigure | None:
     return ReportFigure("round", "Where the time of a round goes", reading, figure)
 
 
-def _by_batch_size(results, temperature, styles) -> ReportFigure | None:
-    """Speed-up, a line for each drafter that has several batch sizes."""
+def _by_batch_size(results, entries, styles) -> ReportFigure | None:
+    """Speed-up at one temperature, a line for each drafter that has several batch sizes."""
     curves: dict[str, dict[int, tuple[float, Sequence[float] | None]]] = {}
-    for of in results["decodings"]:
-        for label, figures in main_figures(of).items() if of["temperature"] == temperature else ():
+    for of in entries:
+        for label, figures in main_figures(of).items():
             speed = shown_ratio(figures, "speed_up")
             if label in styles and speed is not None:
                 interval = (figures["intervals"] or {}).get("speed_up")

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .tables import batch_sizes, comparison_of, decoding_text, main_figures, shown_ratio
+from .tables import by_temperature, comparison_of, decoding_text, main_figures, shown_ratio
+from .tallies import unit_of
 
 
 __all__ = ["headline", "identity_sentence"]
@@ -21,7 +22,7 @@ def headline(results: Mapping[str, Any]) -> str:
     at = f"at {decoding_text(results, of)}"
     best = next(iter(speeds))
     interval = figures[best]["intervals"]["speed_up"]
-    unit = "questions" if of["batch_size"] == 1 else "batches"
+    unit = unit_of("speed_up", of["batch_size"])
     facts = [f"n = {figures[best][unit]} {unit}"]
     if interval is not None:
         facts.insert(0, f"95% interval {interval[0]:.2f} to {interval[1]:.2f}")
@@ -48,10 +49,9 @@ def headline(results: Mapping[str, Any]) -> str:
 
 def _at_other_batch_sizes(results: Mapping[str, Any], plain: str | None) -> list[str]:
     """The fastest drafter of each batch size but the first, at the lowest temperature."""
+    _, *others = next(iter(by_temperature(results).values()))
     parts = []
-    for of in results["decodings"]:
-        if of["temperature"] != results["decodings"][0]["temperature"] or of["batch_size"] == batch_sizes(results)[0]:
-            continue
+    for of in others:
         speeds = _ranked(main_figures(of), "speed_up", plain)
         if speeds:
             best, speed = next(iter(speeds.items()))

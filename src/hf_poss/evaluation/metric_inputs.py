@@ -58,30 +58,26 @@ def record_inputs(
         of plain decoding, their names with `plain_` before them.
 
     Raises:
-        ValueError: if plain decoding did not answer all turns of a question at the same temperature,
-            seed and batch size.
+        ValueError: if plain decoding did not answer all turns of a question at the same temperature, seed and
+            batch size.
     """
     records = list(records)
     turns = [turn for record in records for turn in record.turns]
     columns = _columns(turns, ("tokens", "rounds", "drafted", "reached", "accepted"))
     if plain is None:
         return columns
-    answers = {_question(record): record.turns for record in plain}
-    if missing := [record for record in records if len(answers.get(_question(record), ())) < len(record.turns)]:
+    answers = {record.asked: record.turns for record in plain}
+    if missing := [record for record in records if len(answers.get(record.asked, ())) < len(record.turns)]:
         raise ValueError(
             f"Plain decoding has no answer to {len(missing)} of {len(records)} questions, the first of them "
-            f"{_question(missing[0])}. Give the records of plain decoding of the same evaluation."
+            f"{missing[0].asked}. Give the records of plain decoding of the same evaluation."
         )
-    plain_turns = [turn for record in records for turn in answers[_question(record)][: len(record.turns)]]
+    plain_turns = [turn for record in records for turn in answers[record.asked][: len(record.turns)]]
     columns |= _timed(turns) | {f"plain_{name}": values for name, values in _timed(plain_turns).items()}
     return columns | {
         "predictions": [turn.token_ids for turn in turns],
         "references": [turn.token_ids for turn in plain_turns],
     }
-
-
-def _question(record: "QuestionRecord") -> tuple[str, str, float, int]:
-    return record.benchmark, record.question, record.temperature, record.seed, record.batch_size
 
 
 def _columns(turns: Sequence["TurnRecord"], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -113,6 +113,11 @@ class QuestionRecord:
             self.batch_size,
         )
 
+    @property
+    def asked(self) -> tuple[str, str, float, int, int]:
+        """What all drafters were asked alike: records that differ in this cannot be set side by side."""
+        return self.benchmark, self.question, self.temperature, self.seed, self.batch_size
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .drafters import takes_batches
-from .records import EvaluationFolder, QuestionRecord
+from .drafters import takes_rows
+from .records import EvaluationFolder
 from .significance import Comparison, compare, corrected
 from .tallies import PairedRecord, mean_over, question_values, tally, unit_of
 
@@ -33,8 +33,8 @@ def paired_records(folder: str | os.PathLike) -> list[PairedRecord]:
     wrote what changes nothing."""
     records = sorted(EvaluationFolder(folder).records(), key=lambda record: record.key)
     plain_labels = _labels(EvaluationFolder(folder).about(), "plain")
-    plain = {_asked(record): record for record in records if record.drafter in plain_labels}
-    return [PairedRecord(record, plain.get(_asked(record))) for record in records]
+    plain = {record.asked: record for record in records if record.drafter in plain_labels}
+    return [PairedRecord(record, plain.get(record.asked)) for record in records]
 
 
 def compute_results(folder: str | os.PathLike) -> dict[str, Any]:
@@ -84,6 +84,7 @@ def compute_results(folder: str | os.PathLike) -> dict[str, Any]:
 def _of_decoding(
     about: Mapping[str, Any], cells: _Cells, decoding: _Decoding, sets: Sequence[str], over: Sequence[str]
 ) -> dict[str, Any]:
+    temperature, batch_size = decoding
     labels = _named(about["drafters"], {label for _, _, label in cells})
     sizes = {
         drafter["name"]: (drafter.get("positions_per_specialist"), drafter.get("num_specialists"))
@@ -105,8 +106,8 @@ def _of_decoding(
         return {label: tally(pairs, *sizes.get(label, ())) for label, pairs in by_label.items()}
 
     return {
-        "temperature": decoding[0],
-        "batch_size": decoding[1],
+        "temperature": temperature,
+        "batch_size": batch_size,
         "benchmarks": {name: tallies(by_label) for name, by_label in by_benchmark.items()},
         "categories": {
             name: {category: tallies(of_category) for category, of_category in by_category.items()}
@@ -116,9 +117,9 @@ def _of_decoding(
         "pooled": tallies(pooled),
         # A mean over some of the sets would be set beside means over all.
         "mean": {label: mean_over(by_set) for label, by_set in present(over).items() if len(by_set) == len(over)},
-        "comparisons": _as_dicts(_compared({"all": pooled}, drafting)["all"]),
+        "comparisons": _as_dicts(_compared({"all": pooled}, drafting, batch_size)["all"]),
         "comparisons_by_benchmark": {
-            name: _as_dicts(comparisons) for name, comparisons in _compared(by_benchmark, drafting).items()
+            name: _as_dicts(comparisons) for name, comparisons in _compared(by_benchmark, drafting, batch_size).items()
         },
         "comparisons_over_checkpoints": _as_dicts(_over_checkpoints(pooled, drafting)),
     }
@@ -154,7 +155,7 @@ def _missing(
     result = []
     for decoding, name, entry in itertools.product(decodings, sets, about["drafters"]):
         temperature, batch_size = decoding
-        if batch_size > 1 and not takes_batches(entry["kind"]):
+        if not takes_rows(entry["kind"], batch_size):
             continue
         drafter = entry["name"]
         found = len({pair.record.question for pair in cells.get((decoding, name, drafter), [])})
@@ -176,7 +177,7 @@ def _missing(
 
 
 def _compared(
-    families: Mapping[str, Mapping[str, Sequence[PairedRecord]]], drafting: Sequence[str]
+    families: Mapping[str, Mapping[str, Sequence[PairedRecord]]], drafting: Sequence[str], batch_size: int
 ) -> dict[str, list[Comparison]]:
     """All pairs of drafters by prompt set and measure; those of one measure are one family over all sets.
 
@@ -191,10 +192,9 @@ def _compared(
                 for label, pairs in by_label.items()
                 if label in drafting or ratio == "speed_up"
             }
-            unit = unit_of([pair for pairs in by_label.values() for pair in pairs], ratio)
             # The later one first: drafters are listed from the simplest on.
             tested += [
-                (name, compare(values[b], values[a], names=(b, a), measure=measure, unit=unit))
+                (name, compare(values[b], values[a], names=(b, a), measure=measure, unit=unit_of(ratio, batch_size)))
                 for a, b in itertools.combinations([label for label in values if values[label]], 2)
             ]
         for (name, _), comparison in zip(tested, corrected([of for _, of in tested]), strict=True):
@@ -231,10 +231,6 @@ def _as_dicts(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
 
 
 # ---- Names ----
-
-
-def _asked(record: QuestionRecord) -> tuple[str, str, float, int, int]:
-    return record.benchmark, record.question, record.temperature, record.seed, record.batch_size
 
 
 def _labels(about: Mapping[str, Any], kind: str) -> set[str]:

@@ -19,7 +19,7 @@ from ..training.requests import Request
 from .breakdown import profiled_call
 from .contestants import Contestant
 from .decoding_settings import DecodingSettings, call_seed
-from .drafters import Drafter, takes_batches
+from .drafters import Drafter, takes_rows
 from .drift import feature_drift
 from .passes import emitted_tokens, target_passes
 from .questions import Question, QuestionSet
@@ -182,7 +182,7 @@ class EvaluationRun:
 
     def contestants(self, unit: Unit) -> list[tuple[Drafter, int]]:
         """Every drafter that decodes as many rows, with the index of each of its checkpoints."""
-        drafters = [drafter for drafter in self.drafters if unit.batch_size == 1 or takes_batches(drafter.kind)]
+        drafters = [drafter for drafter in self.drafters if takes_rows(drafter.kind, unit.batch_size)]
         return [(drafter, index) for drafter in drafters for index in range(len(drafter.contestants))]
 
     def missing(self, unit: Unit, finished: Set[tuple]) -> list[tuple[Drafter, int]]:

@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .contestants import PLAIN
-from .drafters import takes_batches
+from .drafters import takes_rows
 
 
 __all__ = [
     "Cell",
     "ResultsTable",
     "batch_sizes",
+    "by_temperature",
     "comparison_of",
     "decoding_text",
     "main_figures",
@@ -78,8 +79,7 @@ def results_tables(results: Mapping[str, Any]) -> list[ResultsTable]:
         tables.append(_table(results, of))
         tables += [_category_table(results, name, by_category, of) for name, by_category in of["categories"].items()]
     if len(batch_sizes(results)) > 1:
-        temperatures = dict.fromkeys(of["temperature"] for of in results["decodings"])
-        tables += [_batch_size_table(results, temperature) for temperature in temperatures]
+        tables += [_batch_size_table(results, *of) for of in by_temperature(results).items()]
     return tables
 
 
@@ -96,6 +96,14 @@ def temperature_text(temperature: float) -> str:
 def batch_sizes(results: Mapping[str, Any]) -> list[int]:
     """Those of which there are results, from the lowest."""
     return sorted({of["batch_size"] for of in results["decodings"]})
+
+
+def by_temperature(results: Mapping[str, Any]) -> dict[float, list[Mapping[str, Any]]]:
+    """The entries of `decodings`, from the lowest temperature, each with its batch sizes from the lowest."""
+    entries: dict[float, list[Mapping[str, Any]]] = {}
+    for of in results["decodings"]:
+        entries.setdefault(of["temperature"], []).append(of)
+    return entries
 
 
 def decoding_text(results: Mapping[str, Any], of: Mapping[str, Any]) -> str:
@@ -130,8 +138,7 @@ def _table(results: Mapping[str, Any], of: Mapping[str, Any]) -> ResultsTable:
     columns = [(name, by_label, of["comparisons_by_benchmark"][name]) for name, by_label in of["benchmarks"].items()]
     if len(results["mean_over"]) > 1:
         columns.append((MEAN, of["mean"], of["comparisons"]))
-    title = decoding_text(results, of)
-    return _filled(title[0].upper() + title[1:], columns, _notes(results, of))
+    return _filled(decoding_text(results, of).capitalize(), columns, _notes(results, of))
 
 
 def _category_table(
@@ -142,14 +149,17 @@ def _category_table(
     return _filled(f"{name} by category, {decoding_text(results, of)}", columns, [_questions_note(by_category)])
 
 
-def _batch_size_table(results: Mapping[str, Any], temperature: float) -> ResultsTable:
+def _batch_size_table(
+    results: Mapping[str, Any], temperature: float, entries: Sequence[Mapping[str, Any]]
+) -> ResultsTable:
     """Of one temperature. Each speed-up is over plain decoding of as many rows."""
-    entries = [of for of in results["decodings"] if of["temperature"] == temperature]
     columns = [(f"batch size {of['batch_size']}", main_figures(of), of["comparisons"]) for of in entries]
     over = results["mean_over"]
     notes = [f"Of {over[0]}." if len(over) == 1 else f"Mean over {', '.join(over)}."]
     notes.append("Speed-up: over plain decoding of as many rows a call.")
-    alone = [of["name"] for of in results["evaluation"]["drafters"] if not takes_batches(of["kind"])]
+    alone = [
+        of["name"] for of in results["evaluation"]["drafters"] if not takes_rows(of["kind"], batch_sizes(results)[-1])
+    ]
     notes += [f"transformers runs {' and '.join(alone)} with one row a call only."] if alone else []
     return _filled(f"By batch size, temperature {temperature_text(temperature)}", columns, notes)
 

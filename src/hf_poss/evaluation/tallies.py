@@ -151,9 +151,9 @@ def _side_by_side(matrices: Sequence[np.ndarray]) -> tuple[np.ndarray, list[int]
     return columns, strata
 
 
-def unit_of(pairs: Sequence[PairedRecord], name: str) -> str:
+def unit_of(name: str, batch_size: int) -> str:
     """What a ratio varies by: "questions", or "batches" where it is timed and several rows share a call."""
-    return "batches" if name in _TIMED and any(pair.record.batch_size > 1 for pair in pairs) else "questions"
+    return "batches" if name in _TIMED and batch_size > 1 else "questions"
 
 
 def question_values(pairs: Sequence[PairedRecord], name: str) -> dict[tuple[str, str | int], float]:
@@ -173,10 +173,11 @@ def question_values(pairs: Sequence[PairedRecord], name: str) -> dict[tuple[str,
 
 def _units(pairs: Sequence[PairedRecord], name: str) -> dict[tuple[str, str | int], list[PairedRecord]]:
     """Records by what a ratio varies by, see [`unit_of`], in the order of the first ones."""
-    is_batch = unit_of(pairs, name) == "batches"
     units = defaultdict(list)
     for pair in pairs:
-        units[pair.record.benchmark, pair.record.batch if is_batch else pair.record.question].append(pair)
+        record = pair.record
+        is_batch = unit_of(name, record.batch_size) == "batches"
+        units[record.benchmark, record.batch if is_batch else record.question].append(pair)
     return dict(units)
 
 
@@ -316,7 +317,9 @@ def _expected_tau(counts: Mapping[str, Any]) -> float | None:
 
 def _sums_by_ratio(pairs: Sequence[PairedRecord]) -> dict[str, np.ndarray]:
     """[units, columns] by ratio."""
-    of_counts, of_times = (_sums(_units(pairs, name)) for name in ("tau", "speed_up"))
+    of_counts = of_times = _sums(_units(pairs, "tau"))
+    if any(pair.record.batch_size > 1 for pair in pairs):
+        of_times = _sums(_units(pairs, "speed_up"))
     return {name: of_times if name in _TIMED else of_counts for name in RATIOS}
 
 
